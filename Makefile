@@ -1,0 +1,52 @@
+# make pipeline: fine-tune, evaluate, calibrate, draw.   make test: run the tests.
+# Both create .venv and install the pinned requirements first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: pipeline test check format charts embedded-model readme clean help
+
+help:
+	@echo "make pipeline        fine-tune, evaluate on held-out data, calibrate, draw the charts"
+	@echo "make test            run the tests"
+	@echo "make check           formatting, lint, types, generated files (what CI runs besides the tests)"
+	@echo "make format          rewrite the code in the project's format"
+	@echo "make charts          draw images/ again from evaluation_cache/"
+	@echo "make readme          rewrite the measured numbers in README.md from evaluation_cache/"
+	@echo "make clean           remove .venv and everything that is not in the repository"
+
+$(VENV)/.installed: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+pipeline: $(VENV)/.installed
+	$(BIN)/python run_complete_pipeline.py
+
+charts: $(VENV)/.installed
+	$(BIN)/python generate_all_charts.py --force
+
+readme: $(VENV)/.installed
+	$(BIN)/python update_readme.py
+
+test: $(VENV)/.installed-dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python dataset/generate_dataset.py --check
+	$(BIN)/python update_readme.py --check
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) fine_tuned_sentiment_model checkpoints .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,904 @@
+"""The charts: `prepare_*` gives the numbers of a picture, `plot_*` draws it, `draw` writes a file.
+
+    evaluation = load_evaluation("evaluation_cache")
+    numbers = prepare_reliability(evaluation.base, "platt", evaluation.bins)
+    plot_reliability(numbers, axes)
+
+Everything but the training history comes from test rows alone. Probabilities, accuracies and
+calibration errors are fractions in [0, 1]; only the labels on paper speak of percent. An interval
+is a 95 % interval. A bin or zone without rows is NaN in the numbers and empty in the picture.
+
+Layer 2: matplotlib lives here, and no model does.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.style
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from calibration_metrics import (
+    as_count,
+    as_labels,
+    as_probabilities,
+    reliability_diagram,
+    wilson_interval,
+)
+from records import SCHEMA_VERSION, atomic_path, load_results, read_json
+from settings import EvaluationSettings, UserError
+
+NEXT_STEP = "run: python generate_evaluation_cache.py --force"
+METHODS = {
+    "raw": "raw model output",
+    "platt": "Platt scaling",
+    "isotonic": "isotonic regression",
+}
+MODELS = {"base": "base model", "finetuned": "fine-tuned model"}
+
+# What to do with an answer, by its confidence: lower edge of the zone, its name, the action.
+ZONES = (
+    (0.9, "90 % and above", "automate"),
+    (0.7, "70 to 90 %", "review"),
+    (0.5, "50 to 70 %", "manual"),
+    (0.0, "below 50 %", "manual"),
+)
+PROGRESSION_SIZES = (100, 200, 500, 1000)
+MOST_CATEGORIES = 12
+CONFIDENCE_LABEL = "confidence: probability of the predicted label"
+LONGEST_NAME = 28  # characters of a category name on an axis
+
+STYLE = "seaborn-v0_8-pastel"
+COLORS = matplotlib.style.library[STYLE]["axes.prop_cycle"].by_key()["color"]
+MODEL_COLORS = {"base": COLORS[0], "finetuned": COLORS[1]}
+WRONG_COLOR = COLORS[2]
+INK = "#333333"
+BAND = "#9a9a9a"
+RC = {
+    "figure.dpi": 150,
+    "figure.titlesize": 14,
+    "figure.titleweight": "bold",
+    "figure.constrained_layout.w_pad": 0.1,
+    "figure.constrained_layout.h_pad": 0.06,
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.titlepad": 10,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+    "errorbar.capsize": 3,
+    "text.parse_math": False,  # a category may be called "$5 to $10"
+}
+
+
+# ---------------------------------------------------------------------------------------- numbers
+
+
+@dataclass(frozen=True)
+class ModelEvaluation:
+    """One model's answers to the n test rows; K labels in the task's order.
+
+    name: "base" or "finetuned".
+    label: (n,) int index of the true label; category: (n,) str, "" where a row has none.
+    probabilities: for each method (n, K) float, rows summing to 1.
+    metrics: for each method the measurements of calibrated_results.json.
+    """
+
+    name: str
+    label: np.ndarray
+    category: np.ndarray
+    probabilities: dict
+    metrics: dict
+
+    def confidence(self, method):
+        """(n,) probability of the predicted label, and (n,) bool whether that label is right."""
+        probabilities = self.probabilities[method]
+        return probabilities.max(axis=1), probabilities.argmax(axis=1) == self.label
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation cache, as far as charts need it.
+
+    finetuned: None when only a base model was evaluated.
+    bins: equal-width bins of its calibration errors, which the reliability diagrams share.
+    history: None, or for each measured quantity of the training an array over the validation
+        passes, NaN where it was not measured; `chosen_step` is the step of the checkpoint kept.
+    """
+
+    base: ModelEvaluation
+    finetuned: ModelEvaluation | None
+    bins: int
+    history: dict | None
+    chosen_step: int | None
+
+    @property
+    def models(self):
+        return [model for model in (self.base, self.finetuned) if model is not None]
+
+
+def load_evaluation(cache_dir):
+    """The `Evaluation` in the folder `cache_dir`.
+
+    Raises UserError when a file is missing or damaged, when the files belong to different models,
+    or when a reported row is no test row.
+    """
+    cache_dir = Path(cache_dir)
+    path = cache_dir / "calibrated_results.json"
+    calibrated = read_json(path, NEXT_STEP)
+    if calibrated.get("schema_version") != SCHEMA_VERSION:
+        found = calibrated.get("schema_version")
+        raise UserError(f"{path} has schema {found}, not {SCHEMA_VERSION}; {NEXT_STEP}")
+    metadata_path = cache_dir / "evaluation_metadata.json"
+    metadata = read_json(metadata_path, NEXT_STEP)
+    try:
+        models = {
+            name: _model_evaluation(
+                name,
+                calibrated["models"][name],
+                load_results(cache_dir / f"{name}_model_results.json"),
+            )
+            for name in MODELS
+            if name == "base" or name in calibrated["models"]
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({_reason(error)}); {NEXT_STEP}") from error
+    try:
+        bins = as_count("bins", metadata["settings"]["evaluation"]["bins"])
+        history, chosen_step = _training_history(metadata["training"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{metadata_path} is damaged ({_reason(error)}); {NEXT_STEP}") from error
+    return Evaluation(models["base"], models.get("finetuned"), bins, history, chosen_step)
+
+
+def _reason(error):
+    return f"no {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _model_evaluation(name, entry, results):
+    if entry["identity"]["fingerprint"] != results.identity["fingerprint"]:
+        raise ValueError(f"{name}_model_results.json is of another model")
+    test = entry["test"]
+    examples = {e.id: e for e in results.examples if e.split == "test"}
+    if strangers := [i for i in test["ids"] if i not in examples]:
+        raise ValueError(f"{name}: {strangers[0]!r} is no test row")
+    names = results.task.label_names
+    label = as_labels(f"{name} label", test["label"], len(names))
+    if [examples[i].label for i in test["ids"]] != [names[index] for index in label]:
+        raise ValueError(f"{name}: its labels differ from those of {name}_model_results.json")
+    probabilities, metrics = {}, {}
+    for method in METHODS:
+        values = test["methods"][method]["probabilities"]
+        probabilities[method] = as_probabilities(f"{name} {method} probabilities", values)
+        shape = probabilities[method].shape
+        if shape != (len(label), len(names)):
+            expected = (len(label), len(names))
+            raise ValueError(f"{name} {method} probabilities must be {expected}, got {shape}")
+        metrics[method] = test["methods"][method]["metrics"]
+        for key in ("estimate", "low", "high", "null_mean"):
+            if not isinstance(metrics[method]["ece"][key], int | float):
+                raise ValueError(f"{name}: the ECE of {method} has no {key}")
+    category = np.array([examples[i].category or "" for i in test["ids"]])
+    return ModelEvaluation(name, label, category, probabilities, metrics)
+
+
+def _training_history(training):
+    if not training or not training["history"]:
+        return None, None
+    keys = (
+        "step",
+        "training_loss",
+        "validation_loss",
+        "validation_accuracy",
+        "validation_ece",
+        "validation_calibrated_log_loss",
+    )
+    history = {
+        key: np.array([row[key] for row in training["history"]], dtype=np.float64) for key in keys
+    }
+    if training["chosen_step"] not in history["step"]:
+        raise ValueError(f"the chosen step {training['chosen_step']} is not in the history")
+    return history, int(training["chosen_step"])
+
+
+def _about(model, method):
+    """What a title says: whose rows, how many, and the calibration error with its yardsticks."""
+    confidence, correct = model.confidence(method)
+    return {
+        "model": model.name,
+        "method": method,
+        "n": len(correct),
+        "overall_accuracy": float(correct.mean()),
+        "overall_confidence": float(confidence.mean()),
+        "ece": model.metrics[method]["ece"],
+    }
+
+
+def prepare_confidence_histogram(model, method, n_bins=20):
+    """Right and wrong answers by confidence, in equal-width bins over [0, 1].
+
+    Returns edges (n_bins + 1,), correct and wrong (n_bins,) counts, beside what the title says.
+    """
+    confidence, correct = model.confidence(method)
+    right, edges = np.histogram(confidence[correct], bins=n_bins, range=(0, 1))
+    wrong, _ = np.histogram(confidence[~correct], bins=n_bins, range=(0, 1))
+    return {**_about(model, method), "edges": edges, "correct": right, "wrong": wrong}
+
+
+def prepare_histogram_comparison(models):
+    """One row of histograms a method (raw, Platt), one column a model; see the histogram."""
+    return [
+        [prepare_confidence_histogram(model, method) for model in models]
+        for method in ("raw", "platt")
+    ]
+
+
+def prepare_reliability(model, method, n_bins=20):
+    """The arrays of `calibration_metrics.reliability_diagram`, beside what the title says."""
+    confidence, correct = model.confidence(method)
+    return {**_about(model, method), **reliability_diagram(confidence, correct, n_bins=n_bins)}
+
+
+def _zone_of(confidence):
+    """(n,) index into ZONES; a confidence on an edge belongs to the zone above it."""
+    edges = [low for low, _, _ in ZONES[::-1]]
+    return len(ZONES) - np.digitize(confidence, edges)
+
+
+def prepare_zones(model, method="platt"):
+    """What acting on the confidence means: the rows of each of ZONES and how often they are right.
+
+    Returns count, accuracy, wilson_low, wilson_high, mean_confidence, (zones,) each, NaN for a zone
+    without rows, beside what the title says.
+    """
+    confidence, correct = model.confidence(method)
+    return {**_about(model, method), **_zone_numbers(confidence, correct)}
+
+
+def _zone_numbers(confidence, correct):
+    zone = _zone_of(confidence)
+    count = np.bincount(zone, minlength=len(ZONES))
+    right = np.bincount(zone, weights=correct, minlength=len(ZONES))
+    total = np.bincount(zone, weights=confidence, minlength=len(ZONES))
+    filled = np.where(count > 0, count, np.nan)
+    low, high = wilson_interval(right, count)
+    return {
+        "count": count,
+        "accuracy": right / filled,
+        "wilson_low": low,
+        "wilson_high": high,
+        "mean_confidence": total / filled,
+    }
+
+
+def prepare_zone_progression(model, method="platt", seed=EvaluationSettings.evaluation_seed):
+    """`prepare_zones` on the first 100, 200, 500, 1,000 test rows of one random order.
+
+    Sizes beyond the number of rows give way to all rows. Returns sizes (S,), and count, accuracy,
+    wilson_low, wilson_high, mean_confidence, (S, zones) each.
+    """
+    confidence, correct = model.confidence(method)
+    order = np.random.default_rng(seed).permutation(len(correct))
+    sizes = sorted({min(size, len(correct)) for size in PROGRESSION_SIZES})
+    steps = [_zone_numbers(confidence[order[:s]], correct[order[:s]]) for s in sizes]
+    stacked = {key: np.array([step[key] for step in steps]) for key in steps[0]}
+    return {**_about(model, method), "sizes": np.array(sizes), **stacked}
+
+
+def prepare_accuracy_comparison(models, method="raw"):
+    """Accuracy of all test rows and of every category, for each model.
+
+    Returns names (G,): "all test rows", then the categories (the MOST_CATEGORIES largest) from the
+    largest gain of the last model over the first to the smallest; left_out: how many categories
+    were too many; for each model count, accuracy, wilson_low, wilson_high, (G,) each.
+    """
+    categories, sizes = np.unique(
+        np.concatenate([model.category for model in models]), return_counts=True
+    )
+    categories = categories[np.argsort(-sizes, kind="stable")]
+    if categories.tolist() == [""]:
+        categories = categories[:0]
+    kept = categories[:MOST_CATEGORIES]
+
+    def numbers(model, groups):
+        _, correct = model.confidence(method)
+        rows = [np.ones(len(correct), dtype=bool), *(model.category == c for c in groups)]
+        count = np.array([r.sum() for r in rows])
+        right = np.array([correct[r].sum() for r in rows])
+        low, high = wilson_interval(right, count)
+        accuracy = right / np.where(count > 0, count, np.nan)
+        return {"count": count, "accuracy": accuracy, "wilson_low": low, "wilson_high": high}
+
+    first, last = (numbers(model, kept)["accuracy"][1:] for model in (models[0], models[-1]))
+    kept = kept[np.argsort(first - last, kind="stable")]
+    return {
+        "method": method,
+        "names": ["all test rows", *(str(c) or "no category" for c in kept)],
+        "left_out": len(categories) - len(kept),
+        "models": {model.name: numbers(model, kept) for model in models},
+    }
+
+
+def prepare_calibration_errors(models):
+    """The ECE of each of METHODS: for each model estimate, low, high, null_mean; (methods,) each.
+
+    low, high: bootstrap interval, which may lie above the estimate; null_mean: the ECE that a
+    perfectly calibrated model with these confidences shows on average.
+    """
+    keys = ("estimate", "low", "high", "null_mean")
+    return {
+        "n": {model.name: len(model.label) for model in models},
+        "models": {
+            model.name: {
+                key: np.array([model.metrics[method]["ece"][key] for method in METHODS])
+                for key in keys
+            }
+            for model in models
+        },
+    }
+
+
+def prepare_training_progress(evaluation):
+    """The training history of an evaluation and the step of the checkpoint that was kept."""
+    return {**evaluation.history, "chosen_step": evaluation.chosen_step}
+
+
+# --------------------------------------------------------------------------------------- pictures
+
+
+def darker(color, fraction=0.3):
+    """`color` with that fraction of its light taken away, as RGB."""
+    return tuple((1 - fraction) * channel for channel in to_rgb(color))
+
+
+def _fill(color):
+    return {"facecolor": color, "edgecolor": darker(color)}
+
+
+def _percent(value):
+    return f"{100 * value:.1f} %"
+
+
+def _interval(low, high):
+    return f"[{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _ece_text(ece):
+    return (
+        f"ECE {_percent(ece['estimate'])} {_interval(ece['low'], ece['high'])}; "
+        f"if perfectly calibrated {_percent(ece['null_mean'])}"
+    )
+
+
+def _means_text(data):
+    return (
+        f"accuracy {_percent(data['overall_accuracy'])}, "
+        f"mean confidence {_percent(data['overall_confidence'])}"
+    )
+
+
+def _wide_subtitle(data):
+    return f"n = {data['n']:,} test rows, {_means_text(data)}\n{_ece_text(data['ece'])}"
+
+
+def _narrow_subtitle(data):
+    return (
+        f"{MODELS[data['model']]}, {METHODS[data['method']]}, n = {data['n']:,}\n"
+        f"{_means_text(data)}\n{_ece_text(data['ece'])}"
+    )
+
+
+def _rows_text(n):
+    """{model: rows} in words, told apart only where the models differ."""
+    if len(set(n.values())) == 1:
+        return f"n = {next(iter(n.values())):,} test rows"
+    return "test rows: " + ", ".join(f"{MODELS[name]} {rows:,}" for name, rows in n.items())
+
+
+def _short(name):
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+
+
+def _percent_axis(ax, which, whole=True):
+    """Fractions written as percent; the whole axis from 0 to 100 % unless told otherwise."""
+    axis = {"x": ax.xaxis, "y": ax.yaxis}[which]
+    axis.set_major_formatter(lambda value, _: f"{100 * value:.6g} %")
+    if whole:
+        axis.set_ticks(np.linspace(0, 1, 6))
+        ax.set(**{f"{which}lim": (0, 1)})
+
+
+def _frame(figure, title):
+    """The body of a figure, under its title, and the strip at its foot for the legend."""
+    foot_inches = 0.4
+    height = figure.get_figheight()
+    body, foot = figure.subfigures(2, 1, height_ratios=[height - foot_inches, foot_inches])
+    body.suptitle(title)
+    return body, foot
+
+
+def _whiskers(ax, position, data, filled, horizontal=False):
+    """The Wilson intervals of the accuracies; an estimate always lies inside its own."""
+    value, low, high = (data[key][filled] for key in ("accuracy", "wilson_low", "wilson_high"))
+    reach = np.abs(np.stack([value - low, high - value]))
+    where = {"x": value, "y": position} if horizontal else {"x": position, "y": value}
+    ax.errorbar(
+        **where,
+        **{"xerr" if horizontal else "yerr": reach},
+        fmt="none",
+        ecolor=INK,
+        elinewidth=1.4,
+        zorder=4,
+        label="95 % interval of the accuracy",
+    )
+
+
+def _legend(figure, axes, ncols, loc="center"):
+    """One legend for all axes, each entry once."""
+    handles = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles.keys(), loc=loc, ncols=ncols)
+
+
+def _dashes(ax, x, half_width, height, label):
+    """What the bar or point at each x is to be compared with."""
+    look = {"color": INK, "linewidth": 2, "linestyle": (0, (2, 1)), "zorder": 5}
+    ax.hlines(height, x - half_width, x + half_width, label=label, **look)
+
+
+def plot_confidence_histogram(data, ax):
+    """Stacked bars of right and wrong answers by confidence; mean confidence beside accuracy."""
+    left, width = data["edges"][:-1], np.diff(data["edges"])
+    bars = {"align": "edge", "width": width, "linewidth": 1}
+    right, wrong = data["correct"], data["wrong"]
+    ax.bar(left, right, label="right", **bars, **_fill(MODEL_COLORS[data["model"]]))
+    ax.bar(left, wrong, bottom=right, label="wrong", **bars, **_fill(WRONG_COLOR))
+    line = {"color": INK, "linewidth": 1.6}
+    ax.axvline(data["overall_confidence"], linestyle="-", label="mean confidence", **line)
+    ax.axvline(data["overall_accuracy"], linestyle=":", label="accuracy", **line)
+    _percent_axis(ax, "x")
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.yaxis.set_major_formatter("{x:,.0f}")
+
+
+def plot_histogram_figure(data, figure):
+    title = f"Confidence of the {MODELS[data['model']]}, {METHODS[data['method']]}"
+    body, foot = _frame(figure, title)
+    ax = body.subplots()
+    plot_confidence_histogram(data, ax)
+    ax.set_xlabel(CONFIDENCE_LABEL)
+    ax.set_ylabel("test rows")
+    ax.set_title(_wide_subtitle(data))
+    _legend(foot, [ax], ncols=4)
+
+
+def plot_histogram_comparison(rows, figure):
+    body, foot = _frame(figure, "Confidence before and after fine-tuning, test rows")
+    axes = body.subplots(len(rows), len(rows[0]), sharex=True, sharey=True, squeeze=False)
+    for row, line in zip(rows, axes, strict=True):
+        for data, ax in zip(row, line, strict=True):
+            plot_confidence_histogram(data, ax)
+            ax.set_title(_narrow_subtitle(data))
+        line[0].set_ylabel("test rows")
+    for ax in axes[-1]:
+        ax.set_xlabel(CONFIDENCE_LABEL)
+    _legend(foot, axes.flat, ncols=6)
+
+
+def plot_reliability(data, ax):
+    """A square reliability diagram with the counts of its bins below it.
+
+    Bars: accuracy of the rows in a bin. Points: the same at their mean confidence, with the Wilson
+    interval. Grey: where 95 % of perfectly calibrated models with these confidences would lie.
+    """
+    color = MODEL_COLORS[data["model"]]
+    filled = data["count"] > 0
+    left, width = data["edges"][:-1][filled], np.diff(data["edges"])[filled]
+    bars = {"align": "edge", "width": width, "linewidth": 1}
+    accuracy, mean_confidence = data["accuracy"][filled], data["mean_confidence"][filled]
+    ax.bar(left, accuracy, label="accuracy of the bin", **bars, **_fill(color))
+    low, high = data["null_low"][filled], data["null_high"][filled]
+    band = {"color": BAND, "alpha": 0.45, "label": "95 % range if perfectly calibrated"}
+    ax.bar(left, high - low, bottom=low, **bars, **band)
+    ax.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle="--", label="accuracy = confidence")
+    _whiskers(ax, mean_confidence, data, filled)
+    points = {"color": darker(color, 0.5), "markersize": 5, "zorder": 5, "clip_on": False}
+    ax.plot(mean_confidence, accuracy, "o", **points)
+    ax.set_box_aspect(1)
+    _percent_axis(ax, "x")
+    _percent_axis(ax, "y")
+    ax.tick_params(labelbottom=False)
+
+    strip = ax.inset_axes((0, -0.22, 1, 0.17), sharex=ax)
+    count = data["count"][filled]
+    strip.bar(left, count, **bars, **_fill(color))
+    upright = count.max() >= 100  # three digits are as wide as a bin
+    for x, height in zip(left + width / 2, count, strict=True):
+        strip.annotate(
+            f"{height:,}",
+            (x, height),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=7,
+            rotation=90 if upright else 0,
+        )
+    strip.set_ylim(0, (2.4 if upright else 1.6) * count.max())
+    strip.set_yticks([])
+    strip.grid(False)
+    strip.set_ylabel("rows", fontsize="small")
+    strip.set_xlabel(CONFIDENCE_LABEL)
+
+
+def plot_reliability_figure(panels, figure):
+    """One reliability diagram, or several of the same method side by side.
+
+    The squares are placed by hand, in inches: automatic layouts leave gaps around fixed aspects.
+    """
+    figure.set_layout_engine("none")
+    width, height = figure.get_size_inches()
+    left, right, top = 0.85, 0.3, 1.2
+    side = (width - len(panels) * (left + right)) / len(panels)
+    axes = []
+    for i, data in enumerate(panels):
+        x, y = left + i * (left + side + right), height - top - side
+        ax = figure.add_axes((x / width, y / height, side / width, side / height))
+        plot_reliability(data, ax)
+        ax.set_ylabel("accuracy: share of right answers")
+        ax.set_title(_narrow_subtitle(data))
+        axes.append(ax)
+    title = f"Reliability on test rows, {METHODS[panels[0]['method']]}"
+    figure.suptitle(title, y=1 - 0.15 / height, va="top")
+    _legend(figure, axes, ncols=2, loc="lower center")
+
+
+def plot_zones(data, figure):
+    """A bar a zone: its accuracy with the interval, its mean confidence, its rows, the action."""
+    title = f"What to do with an answer: {MODELS[data['model']]}, {METHODS[data['method']]}"
+    body, foot = _frame(figure, title)
+    ax = body.subplots()
+    filled = data["count"] > 0
+    x = np.flatnonzero(filled)
+    fill = _fill(MODEL_COLORS[data["model"]])
+    ax.bar(x, data["accuracy"][filled], width=0.6, label="accuracy", **fill)
+    _whiskers(ax, x, data, filled)
+    _dashes(ax, x, 0.4, data["mean_confidence"][filled], "mean confidence")
+    names = []
+    for i, (_, name, action) in enumerate(ZONES):
+        count = data["count"][i]
+        lines = [name, f"{count:,} rows ({_percent(count / data['n'])})"]
+        if count:
+            lines.append(f"accuracy {_percent(data['accuracy'][i])}")
+            lines.append(_interval(data["wilson_low"][i], data["wilson_high"][i]))
+            lines.append(f"mean confidence {_percent(data['mean_confidence'][i])}")
+        else:
+            ax.text(i, 0.5, "no rows", ha="center", va="center", color=BAND)
+        names.append("\n".join(lines))
+        ax.annotate(
+            action,
+            (i, 1),
+            xytext=(0, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize="large",
+            fontweight="bold",
+            color=INK,
+        )
+    ax.set_xticks(range(len(ZONES)), names)
+    ax.set_xlim(-0.5, len(ZONES) - 0.5)
+    ax.grid(axis="x", visible=False)
+    _percent_axis(ax, "y")
+    ax.set_ylabel("share of right answers")
+    ax.set_xlabel(f"zone of the {CONFIDENCE_LABEL}", labelpad=8)
+    ax.set_title(_wide_subtitle(data), pad=30)
+    _legend(foot, [ax], ncols=3)
+
+
+def plot_zone_progression(data, figure):
+    """A panel a zone: its accuracy and interval as more test rows are seen."""
+    title = f"Accuracy of the zones: {MODELS[data['model']]}, {METHODS[data['method']]}"
+    body, foot = _frame(figure, f"{title}, up to n = {data['sizes'][-1]:,} test rows")
+    axes = body.subplots(1, len(ZONES), sharey=True)
+    color = MODEL_COLORS[data["model"]]
+    x = np.arange(len(data["sizes"]))
+    keys = ("count", "accuracy", "wilson_low", "wilson_high", "mean_confidence")
+    for i, (ax, (_, name, action)) in enumerate(zip(axes, ZONES, strict=True)):
+        zone = {key: data[key][:, i] for key in keys}
+        filled = zone["count"] > 0
+        if filled.any():
+            _whiskers(ax, x[filled], zone, filled)
+            _dashes(ax, x[filled], 0.3, zone["mean_confidence"][filled], "mean confidence")
+            ax.plot(
+                x[filled],
+                zone["accuracy"][filled],
+                "o",
+                color=color,
+                markeredgecolor=darker(color),
+                markersize=10,
+                zorder=6,
+                clip_on=False,
+                label="accuracy",
+            )
+        else:
+            ax.text(0.5, 0.5, "no rows", transform=ax.transAxes, ha="center", color=BAND)
+        half = (zone["wilson_high"] - zone["wilson_low"]) / 2
+        ax.set_xticks(
+            x,
+            [
+                f"{size:,}\n{count:,}" + (f"\n±{100 * h:.1f}" if count else "\n–")
+                for size, count, h in zip(data["sizes"], zone["count"], half, strict=True)
+            ],
+        )
+        ax.set_xlim(-0.5, len(x) - 0.5)
+        ax.grid(axis="x", visible=False)
+        ax.set_title(f"{name}\n{action}")
+    _percent_axis(axes[0], "y")
+    axes[0].set_ylabel("share of right answers")
+    body.supxlabel(
+        "test rows seen; below: rows of them in the zone, half the width of the interval (points)",
+        fontsize="medium",
+    )
+    _legend(foot, axes, ncols=3)
+
+
+def plot_accuracy_comparison(data, figure):
+    """Horizontal bars: all test rows, then each category, one bar a model."""
+    body, foot = _frame(figure, f"Accuracy before and after fine-tuning, {METHODS[data['method']]}")
+    ax = body.subplots()
+    y = np.arange(len(data["names"]))
+    height = 0.8 / len(data["models"])
+    for i, (name, numbers) in enumerate(data["models"].items()):
+        filled = numbers["count"] > 0
+        at = y + (i - (len(data["models"]) - 1) / 2) * height
+        look = {"label": MODELS[name], **_fill(MODEL_COLORS[name])}
+        ax.barh(at[filled], numbers["accuracy"][filled], height=height, **look)
+        _whiskers(ax, at[filled], numbers, filled, horizontal=True)
+        for j, position in enumerate(at):
+            if filled[j]:
+                interval = _interval(numbers["wilson_low"][j], numbers["wilson_high"][j])
+                text = f"{_percent(numbers['accuracy'][j])} {interval}  n = {numbers['count'][j]:,}"
+            else:
+                text = "no rows"
+            ax.annotate(
+                text,
+                (1, position),
+                xytext=(8, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize="small",
+                annotation_clip=False,
+            )
+    ax.set_yticks(y, [_short(name) for name in data["names"]])
+    ax.set_ylim(len(y) - 0.5, -0.5)
+    ax.axhline(0.5, color=INK, linewidth=0.8)
+    ax.grid(axis="y", visible=False)
+    _percent_axis(ax, "x")
+    ax.set_xlabel("accuracy: share of right answers among the test rows")
+    if data["left_out"]:
+        ax.set_ylabel(f"the {len(y) - 1} largest categories; {data['left_out']:,} more not shown")
+    n = {name: numbers["count"][0] for name, numbers in data["models"].items()}
+    ax.set_title(_rows_text(n))
+    _legend(foot, [ax], ncols=3)
+
+
+def plot_calibration_errors(data, figure):
+    """Grouped bars: the ECE of each method, with its interval and what chance alone would give."""
+    body, foot = _frame(figure, "Calibration error before and after fine-tuning")
+    ax = body.subplots()
+    x = np.arange(len(METHODS))
+    width = 0.8 / len(data["models"])
+    for i, (name, ece) in enumerate(data["models"].items()):
+        at = x + (i - (len(data["models"]) - 1) / 2) * width
+        look = {"label": MODELS[name], **_fill(MODEL_COLORS[name])}
+        ax.bar(at, ece["estimate"], width=width, **look)
+        # Not an error bar: the interval of an ECE may lie above the estimate.
+        line = {"color": INK, "linewidth": 1.4, "zorder": 4, "label": "95 % interval"}
+        ax.vlines(at, ece["low"], ece["high"], **line)
+        _dashes(ax, at, width / 2, ece["null_mean"], "mean if perfectly calibrated")
+        for position, estimate, low, high in zip(
+            at, ece["estimate"], ece["low"], ece["high"], strict=True
+        ):
+            ax.annotate(
+                f"{_percent(estimate)}\n{_interval(low, high)}",
+                (position, max(estimate, high)),
+                xytext=(0, 5),
+                textcoords="offset points",
+                ha="center",
+                fontsize="small",
+            )
+    ax.set_xticks(x, METHODS.values())
+    ax.grid(axis="x", visible=False)
+    ax.margins(y=0.15)
+    ax.set_ylim(bottom=0)
+    _percent_axis(ax, "y", whole=False)
+    ax.set_ylabel("expected calibration error (ECE), lower is better")
+    ax.set_title(_rows_text(data["n"]))
+    _legend(foot, [ax], ncols=4)
+
+
+def plot_training_progress(data, figure):
+    """Three panels against the optimizer step: losses, accuracy, calibration error."""
+    title = f"Fine-tuning: the checkpoint of step {data['chosen_step']:,} was kept"
+    body, foot = _frame(figure, title)
+    axes = body.subplots(1, 3)
+    color = MODEL_COLORS["finetuned"]
+    validation = {"color": darker(color), "marker": "o", "markersize": 5, "linewidth": 1.8}
+
+    def line(ax, key, **look):
+        measured = ~np.isnan(data[key])
+        ax.plot(data["step"][measured], data[key][measured], **look)
+
+    line(
+        axes[0],
+        "training_loss",
+        label="training rows",
+        color=darker(COLORS[3]),
+        marker="s",
+        markersize=4,
+    )
+    line(axes[0], "validation_loss", label="validation rows", **validation)
+    line(
+        axes[0],
+        "validation_calibrated_log_loss",
+        label="validation rows, calibrated log-loss",
+        linestyle="--",
+        **validation,
+    )
+    line(axes[1], "validation_accuracy", label="validation rows", **validation)
+    line(axes[2], "validation_ece", label="validation rows", **validation)
+    titles = ("loss (nats)", "accuracy", "expected calibration error (ECE)")
+    for ax, title in zip(axes, titles, strict=True):
+        ax.axvline(
+            data["chosen_step"], color=INK, linewidth=1.4, linestyle=":", label="checkpoint kept"
+        )
+        ax.set_title(title)
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        ax.set_ylim(bottom=0)
+        ax.set_xlabel("optimizer step")
+    _percent_axis(axes[1], "y")
+    _percent_axis(axes[2], "y", whole=False)
+    _legend(foot, axes, ncols=4)
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One file of the images folder.
+
+    needs: the part of an `Evaluation` without which it cannot be drawn.
+    prepare: evaluation → numbers; plot: numbers, empty figure → None; size: inches.
+    """
+
+    file: str
+    needs: str
+    prepare: Callable
+    plot: Callable
+    size: tuple[float, float]
+
+
+def _reliability_chart(file, method):
+    return Chart(
+        f"calibration/{file}.png",
+        "base",
+        lambda evaluation: [prepare_reliability(evaluation.base, method, evaluation.bins)],
+        plot_reliability_figure,
+        (6.7, 9.05),
+    )
+
+
+def _reliability_comparison_chart(method):
+    return Chart(
+        f"fine_tuning/finetuning_{method}_reliability_comparison.png",
+        "finetuned",
+        lambda evaluation: [
+            prepare_reliability(model, method, evaluation.bins) for model in evaluation.models
+        ],
+        plot_reliability_figure,
+        (10, 7.05),
+    )
+
+
+CHARTS = (
+    Chart(
+        "calibration/raw_confidence_histogram.png",
+        "base",
+        lambda evaluation: prepare_confidence_histogram(evaluation.base, "raw"),
+        plot_histogram_figure,
+        (10, 5.6),
+    ),
+    _reliability_chart("reliability_raw_model_output", "raw"),
+    _reliability_chart("reliability_platt_scaling", "platt"),
+    _reliability_chart("reliability_isotonic_regression", "isotonic"),
+    Chart(
+        "calibration/business_reliability.png",
+        "base",
+        lambda evaluation: prepare_zones(evaluation.models[-1]),
+        plot_zones,
+        (10, 6.4),
+    ),
+    Chart(
+        "calibration/business_reliability_progression.png",
+        "base",
+        lambda evaluation: prepare_zone_progression(evaluation.models[-1]),
+        plot_zone_progression,
+        (10, 5.6),
+    ),
+    Chart(
+        "fine_tuning/accuracy_comparison.png",
+        "finetuned",
+        lambda evaluation: prepare_accuracy_comparison(evaluation.models),
+        plot_accuracy_comparison,
+        (10, 7.2),
+    ),
+    Chart(
+        "fine_tuning/calibration_error_comparison.png",
+        "finetuned",
+        lambda evaluation: prepare_calibration_errors(evaluation.models),
+        plot_calibration_errors,
+        (10, 5.6),
+    ),
+    Chart(
+        "fine_tuning/confidence_distribution_changes.png",
+        "finetuned",
+        lambda evaluation: prepare_histogram_comparison(evaluation.models),
+        plot_histogram_comparison,
+        (10, 7.6),
+    ),
+    _reliability_comparison_chart("raw"),
+    _reliability_comparison_chart("platt"),
+    _reliability_comparison_chart("isotonic"),
+    Chart(
+        "fine_tuning/training_progress.png",
+        "history",
+        prepare_training_progress,
+        plot_training_progress,
+        (10, 4.4),
+    ),
+)
+
+
+def drawable(evaluation):
+    """The charts this evaluation has the numbers for, and those it has not."""
+    possible = [chart for chart in CHARTS if getattr(evaluation, chart.needs) is not None]
+    return possible, [chart for chart in CHARTS if chart not in possible]
+
+
+def render(chart, evaluation):
+    """The canvas with one chart drawn on it, in the style of the project."""
+    numbers = chart.prepare(evaluation)
+    with matplotlib.style.context([STYLE, RC], after_reset=True), warnings.catch_warnings():
+        # A script that the font lacks shows as boxes; a warning for each character says no more.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        figure = Figure(figsize=chart.size, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        chart.plot(numbers, figure)
+        canvas.draw()
+    return canvas
+
+
+def draw(chart, evaluation, images_dir):
+    """Write the PNG of one chart whole or not at all; the same numbers give the same bytes.
+
+    Returns the path. Raises UserError when it cannot be written.
+    """
+    path = Path(images_dir) / chart.file
+    pixels = np.asarray(render(chart, evaluation).buffer_rgba())
+    # 256 colours keep every flat colour as it is and make the file a third as large.
+    image = Image.fromarray(pixels).convert("RGB").quantize(256)
+    with atomic_path(path) as partial:
+        image.save(partial, format="PNG")
+    return path

@@ -1,0 +1,361 @@
+"""Evaluate the base and the fine-tuned model once on held-out rows, calibrate, and keep the result.
+
+    python generate_evaluation_cache.py                        # both models, 2,000 held-out rows
+    python generate_evaluation_cache.py --base-only            # before any fine-tuning
+    python generate_evaluation_cache.py --data my.csv --output-dir my_run ...
+
+Writes evaluation_cache/: base_model_results.json, finetuned_model_results.json (every row's label
+log-probabilities, and response consistency), calibrated_results.json (calibrators fitted on the
+calibration rows, judged on the test rows) and, last, evaluation_metadata.json. Everything after
+this stage reads these files and loads no model. docs/CACHE_SCHEMA.md describes them field by field.
+An interrupted run continues with the rows that are missing; the same run again says so and stops.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+from records import (
+    MODEL_FILES,
+    SCHEMA_VERSION,
+    TOKEN_PROBABILITY,
+    ModelResults,
+    load_held_out,
+    prediction_from_json,
+    prediction_to_json,
+    read_json,
+    versions,
+    write_json,
+)
+from settings import (
+    DataSettings,
+    EvaluationSettings,
+    ModelSettings,
+    OutputSettings,
+    TaskSettings,
+    UserError,
+    add_arguments,
+    fingerprint,
+    from_arguments,
+    resolve_model,
+)
+
+NEXT_STEP = "run: python generate_evaluation_cache.py --force"
+RETRAIN = "run: python fine_tune_model.py --force-retrain"
+CHUNK = 256  # rows between two writes of the partial results
+
+
+def cache_fingerprint(held_out, data_print, task, model_print, evaluation, adapter_print):
+    """Identity of an evaluation: the same one gives the same numbers."""
+    return fingerprint(
+        [
+            SCHEMA_VERSION,
+            data_print,
+            [[e.id, e.category, e.domain, e.group] for e in held_out],
+            task.to_json(),
+            model_print,
+            asdict(evaluation),
+            adapter_print,
+        ]
+    )
+
+
+class PartialResults:
+    """Predictions kept on disk while a model is being evaluated, one JSON line a row.
+
+    The first line holds the fingerprint of what the rows belong to; rows of another one are
+    dropped, and so is what follows a damaged line, such as a last one that was cut off.
+    """
+
+    def __init__(self, path, run_print):
+        self.path, self.run_print = Path(path), run_print
+
+    def read(self):
+        """{example id: Prediction} of an earlier, interrupted run."""
+        if not self.path.exists():
+            return {}
+        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+        if lines[0] != self.run_print:
+            return {}
+        rows = {}
+        for line in lines[1:-1]:  # what follows the last line break was not finished
+            try:
+                row = prediction_from_json(json.loads(line))
+            except (ValueError, TypeError):
+                break
+            rows[row.example_id] = row
+        return rows
+
+    def write(self, predictions):
+        """Start the file again with these rows; `append` adds to it."""
+        self._write("w", [self.run_print, *map(self._line, predictions)])
+
+    def append(self, predictions):
+        self._write("a", map(self._line, predictions))
+
+    @staticmethod
+    def _line(prediction):
+        return json.dumps(prediction_to_json(prediction), ensure_ascii=False)
+
+    def _write(self, mode, lines):
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open(mode, encoding="utf-8") as file:
+                file.write("".join(line + "\n" for line in lines))
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror}; free space and run again to continue"
+            ) from error
+
+
+def evaluate_model(classifier, examples, partial):
+    """One token-probability `Prediction` an example, in their order."""
+    from tqdm import tqdm
+
+    done = partial.read()
+    done = {e.id: done[e.id] for e in examples if e.id in done}
+    partial.write(done.values())
+    left = sorted((e for e in examples if e.id not in done), key=lambda e: len(e.text))
+    with tqdm(total=len(examples), initial=len(done), unit="text", file=sys.stderr) as bar:
+        for start in range(0, len(left), CHUNK):
+            chunk = left[start : start + CHUNK]
+            rows = classifier.classify_batch([e.text for e in chunk], [e.id for e in chunk])
+            partial.append(rows)
+            done |= {row.example_id: row for row in rows}
+            bar.update(len(chunk))
+    return [done[e.id] for e in examples]
+
+
+def model_results(name, classifier, task, examples, evaluation, partial):
+    """`ModelResults` of one model: token probability and response consistency of every row."""
+    from consistency_confidence import consistency_predictions
+
+    started = time.perf_counter()
+    predictions = evaluate_model(classifier, examples, partial)
+    failed = [p for p in predictions if p.error is not None]
+    if len(failed) == len(predictions):
+        raise UserError(f"{name}: no row could be scored; the first error: {failed[0].error}")
+    sampled = predictions
+    if evaluation.temperature != 1.0:  # draws at another temperature need its own distribution
+        sampled = classifier.classify_batch(
+            [e.text for e in examples], [e.id for e in examples], evaluation.temperature
+        )
+    return ModelResults(
+        name=name,
+        task=task,
+        identity=classifier.identity,
+        examples=tuple(examples),
+        predictions=(*predictions, *consistency_predictions(task, sampled, evaluation)),
+        run={
+            "device": classifier.device,
+            "seconds": round(time.perf_counter() - started, 1),
+            "evaluation": asdict(evaluation),
+            "versions": versions(),
+        },
+    )
+
+
+def calibrate(results, evaluation):
+    """Every calibrator fitted on the calibration rows and judged on the test rows of one model."""
+    from calibration import (
+        CALIBRATORS,
+        calibrated_probabilities,
+        evaluate_calibrator,
+        fit_calibrator,
+    )
+
+    fitting = results.arrays("calibration", TOKEN_PROBABILITY)
+    test = results.arrays("test", TOKEN_PROBABILITY)
+    calibrators, methods = {}, {}
+    for name in CALIBRATORS:
+        calibrator = fit_calibrator(name, fitting)
+        calibrators[name] = calibrator.to_json()
+        methods[name] = {
+            "probabilities": [
+                [round(float(p), 9) for p in row]
+                for row in calibrated_probabilities(calibrator, test)
+            ],
+            "metrics": evaluate_calibrator(
+                calibrator,
+                test,
+                n_bins=evaluation.bins,
+                n_resamples=evaluation.resamples,
+                seed=evaluation.evaluation_seed,
+            ),
+        }
+    return {
+        "identity": results.identity,
+        "calibrators": calibrators,
+        "test": {
+            "ids": [str(i) for i in test["id"]],
+            "label": [int(i) for i in test["label"]],
+            "methods": methods,
+        },
+    }
+
+
+def held_out_examples(task, data, folder, base_only):
+    """The calibration and test rows, checked against those the adapter was kept away from."""
+    from dataset_loader import data_fingerprint, load_splits
+
+    examples = load_splits(data, task)
+    held_out = [e for e in examples if e.split in ("calibration", "test")]
+    if not base_only:
+        kept = {e.id: (e.text, e.label, e.split) for e in load_held_out(folder)}
+        if kept != {e.id: (e.text, e.label, e.split) for e in held_out}:
+            raise UserError(
+                f"{folder}/test_set.json holds other rows than this data and --split-seed give: "
+                "the adapter may have been trained on test rows; run: python fine_tune_model.py"
+            )
+    return held_out, data_fingerprint(examples)
+
+
+def generate(task, model, data, evaluation, output, base_only=False, force=False):
+    """Run the stage. Returns "evaluated" or "up to date". Raises UserError."""
+    from logprobs_confidence import (
+        TransformerLogprobsClassifier,
+        model_fingerprint,
+        weights_fingerprint,
+    )
+
+    check_evaluation(evaluation)
+    cache_dir, adapter = output.cache, None if base_only else output.fine_tuned
+    if adapter is not None and not (adapter / "manifest.json").exists():
+        raise UserError(
+            f"no fine-tuned model in {adapter}/; run: python fine_tune_model.py or give --base-only"
+        )
+    model_print = model_fingerprint(model)
+    training = None
+    if adapter is not None:
+        check_adapter(adapter, task, model, weights_fingerprint(resolve_model(model.model)))
+        training = read_json(adapter / "training_metrics.json", RETRAIN)
+    held_out, data_print = held_out_examples(task, data, output.fine_tuned, base_only)
+    run_print = cache_fingerprint(
+        held_out,
+        data_print,
+        task,
+        model_print,
+        evaluation,
+        weights_fingerprint(adapter) if adapter else None,
+    )
+    metadata_path = cache_dir / "evaluation_metadata.json"
+    if not force and is_up_to_date(metadata_path, run_print, base_only):
+        return "up to date"
+    classifier = TransformerLogprobsClassifier(model, adapter, task)
+    results = {}
+    for name in MODEL_FILES if adapter is not None else ["base"]:
+        print(f"{name} model", file=sys.stderr)
+        partial = PartialResults(cache_dir / f".{name}.partial", run_print)
+        if force:
+            partial.path.unlink(missing_ok=True)
+        with classifier.without_adapter() if name == "base" else nullcontext():
+            results[name] = model_results(name, classifier, task, held_out, evaluation, partial)
+    calibrated = {name: calibrate(r, evaluation) for name, r in results.items()}
+    metadata_path.unlink(missing_ok=True)  # from here on the old evaluation is being replaced
+    for name, file in MODEL_FILES.items():
+        if name in results:
+            write_json(cache_dir / file, results[name].to_json())
+        else:
+            (cache_dir / file).unlink(missing_ok=True)
+    write_json(
+        cache_dir / "calibrated_results.json",
+        {"schema_version": SCHEMA_VERSION, "task": task.to_json(), "models": calibrated},
+    )
+    write_json(
+        metadata_path,
+        {
+            "schema_version": SCHEMA_VERSION,
+            "fingerprint": run_print,
+            "models": {
+                name: {"file": MODEL_FILES[name], "identity": r.identity, "counts": r.counts()}
+                for name, r in results.items()
+            },
+            "rows": {s: sum(e.split == s for e in held_out) for s in ("calibration", "test")},
+            "data_fingerprint": data_print,
+            "settings": {
+                "model": asdict(model) | {"device": classifier.device},
+                "data": asdict(data) | {"data": Path(data.data).name if data.data else None},
+                "evaluation": asdict(evaluation),
+            },
+            "training": training,
+            "versions": results["base"].run["versions"],
+        },
+    )
+    for name in MODEL_FILES:
+        (cache_dir / f".{name}.partial").unlink(missing_ok=True)
+    return "evaluated"
+
+
+def check_adapter(adapter, task, model, base_print):
+    """Raises UserError for an adapter of other base weights or of another task."""
+    manifest = read_json(adapter / "manifest.json", RETRAIN)
+    if manifest.get("base_fingerprint") != base_print:
+        raise UserError(
+            f"the adapter in {adapter}/ was trained on other weights than those of "
+            f"{model.model}; run: python fine_tune_model.py --model {model.model}"
+        )
+    trained_for = read_json(adapter / "task.json", RETRAIN)
+    if fingerprint(trained_for) != fingerprint(task.to_json()):
+        raise UserError(
+            f"the adapter in {adapter}/ was trained for the question "
+            f"{trained_for.get('question')!r} and its labels, not for {task.question!r}; "
+            "run fine_tune_model.py with the same --question and --labels"
+        )
+
+
+def is_up_to_date(metadata_path, run_print, base_only):
+    """True if the cache was made from the same things and all its files are there."""
+    if not metadata_path.exists():
+        return False
+    if read_json(metadata_path, NEXT_STEP).get("fingerprint") != run_print:
+        return False
+    files = ["calibrated_results.json", MODEL_FILES["base"]]
+    files += [] if base_only else [MODEL_FILES["finetuned"]]
+    return all((metadata_path.parent / file).exists() for file in files)
+
+
+def check_evaluation(evaluation):
+    """Raises UserError for a setting out of range."""
+    for name in ("samples", "temperature", "bins", "resamples"):
+        if not 0 < getattr(evaluation, name) < math.inf:
+            raise UserError(f"--{name} must be above 0 and finite, got {getattr(evaluation, name)}")
+    if evaluation.evaluation_seed < 0:
+        raise UserError(f"--evaluation-seed must be at least 0, got {evaluation.evaluation_seed}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(
+        parser, TaskSettings, ModelSettings, DataSettings, EvaluationSettings, OutputSettings
+    )
+    parser.add_argument("--base-only", action="store_true", help="leave the fine-tuned model out")
+    parser.add_argument("--force", action="store_true", help="evaluate even if up to date")
+    arguments = parser.parse_args(argv)
+    output = from_arguments(OutputSettings, arguments)
+    try:
+        outcome = generate(
+            from_arguments(TaskSettings, arguments).task(),
+            from_arguments(ModelSettings, arguments),
+            from_arguments(DataSettings, arguments),
+            from_arguments(EvaluationSettings, arguments),
+            output,
+            arguments.base_only,
+            arguments.force,
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues with the missing rows", file=sys.stderr)
+        return 1
+    print(f"{output.cache}: {outcome}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

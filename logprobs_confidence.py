@@ -1,0 +1,713 @@
+"""Token-probability confidence: `TransformerLogprobsClassifier`, shared by every script.
+
+    python logprobs_confidence.py                            # confident and unsure examples
+    python logprobs_confidence.py "Best worst thing ever"    # texts of your own
+
+A text is put into the task's question and the model's chat template. One deterministic forward pass
+gives the probability of every possible next token; the probabilities of each label's answer words
+are summed over the full vocabulary (softmax in float32). Nothing is sampled and nothing generated.
+"""
+
+import argparse
+import hashlib
+import logging
+import math
+import re
+import sys
+import time
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from records import TOKEN_PROBABILITY, Prediction, prediction_from_logprobs
+from settings import SENTIMENT, ModelSettings, UserError, fingerprint, resolve_model
+
+# Llama 3.x chat templates print today's date; a fixed one keeps the prompt the same every day.
+TEMPLATE_DATE = "26 Jul 2024"
+DATE_MACRO = f"{{%- macro strftime_now(format) -%}}{TEMPLATE_DATE}{{%- endmacro -%}}"
+FULL_PRECISION_TOLERANCE = 1e-4  # largest |Δ probability|, batched against one at a time, float32
+HALF_PRECISION_TOLERANCE = 3e-2  # the same for bfloat16 and float16
+
+
+@dataclass(frozen=True)
+class TokenProbability:
+    """One row of a next-token distribution; `token` is quoted so that spaces and bytes show."""
+
+    rank: int
+    token_id: int
+    token: str
+    logprob: float  # nats
+    probability: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """All that one forward pass says of one text.
+
+    prompt: the string the model reads (of a text beyond the context all but its middle). top: the
+    most probable next tokens. words: for every label its answer tokens with their probabilities,
+    which add up to the label's, except where labels collide on a first token and are scored whole.
+    """
+
+    prompt: str
+    prediction: object
+    top: tuple[TokenProbability, ...]
+    words: dict[str, tuple[TokenProbability, ...]]
+
+
+class PromptEncoder:
+    """Token ids of a task's prompt for any text; the text stays text, whatever it contains.
+
+    The chat template is rendered once. What stands between its special tokens is tokenised with
+    special-token parsing off, so "<|eot_id|>" inside a text is six harmless characters and not the
+    end of a turn. Where a tokenizer cannot be taken apart like that (the pieces then differ from
+    the whole, which is checked here), the whole prompt is tokenised and such a text is refused.
+
+    max_tokens: longest prompt; a longer text loses its middle.
+    Raises UserError when label words collide or the template drops the text.
+    """
+
+    def __init__(self, tokenizer, task, max_tokens):
+        self.tokenizer, self.task, self.max_tokens = tokenizer, task, max_tokens
+        slot = "\ue000"  # a private-use character: in no template and no question
+        template, self.joint = self._render(slot)
+        if template.count(slot) != 1:
+            raise UserError("the chat template of this model does not repeat the text exactly once")
+        before, after = template.split(slot)
+        specials = {str(t) for t in tokenizer.all_special_tokens}
+        specials |= {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+        self.special = re.compile("|".join(re.escape(t) for t in sorted(specials, key=len)[::-1]))
+        cut = max((m.end() for m in self.special.finditer(before)), default=0) if specials else 0
+        match = self.special.search(after) if specials else None
+        stop = match.start() if match else len(after)
+        self.head, self.lead = before[:cut], before[cut:]
+        self.trail, self.tail = after[:stop], after[stop:]
+        # What the tokenizer itself puts in front (a BOS token); a chat template writes its own.
+        self.start_ids = [] if tokenizer.chat_template else tokenizer("").input_ids
+        self.head_ids, self.tail_ids = self._ids([self.head])[0], self._ids([self.tail])[0]
+        self.separable = all(
+            self._separate([probe])[0] == self.start_ids + self._ids([before + probe + after])[0]
+            for probe in ("Good", "an ugly, dull 2nd part!", "«Ça va»\nnow")
+        )
+        probes = self._encode_whole_prompts(["Good", "1 zoo"])
+        self.prefix_length = common_length(*probes)
+        self.suffix_length = common_length(*(ids[::-1] for ids in probes))
+        self.room = max_tokens - self.prefix_length - self.suffix_length
+        if self.room < 8:
+            raise UserError(
+                f"the question takes {max_tokens - self.room} of {max_tokens} tokens; "
+                "shorten it or raise --max-tokens"
+            )
+        self.label_ids, self.label_words = self._find_label_ids()
+
+    def _render(self, slot):
+        """(the prompt around `slot`, what joins an answer to it: nothing or one space).
+
+        Without a chat template the prompt ends in "Answer:". With one it ends where the template
+        puts the first character of the assistant's words, which some place after a line break; a
+        space before them belongs to the answer's first token, not to the prompt.
+        """
+        from jinja2 import TemplateError
+
+        user = {"role": "user", "content": self.task.user_message(slot)}
+        if not self.tokenizer.chat_template:
+            return f"{user['content']}\n\nAnswer:", " "
+        template = self.tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            template = DATE_MACRO + template
+        options = {
+            "chat_template": template,
+            "tokenize": False,
+            "date_string": TEMPLATE_DATE,
+            "enable_thinking": False,
+        }
+        answer = "\ue001"
+        try:
+            prompt = self.tokenizer.apply_chat_template(
+                [user], add_generation_prompt=True, **options
+            )
+            whole = self.tokenizer.apply_chat_template(
+                [user, {"role": "assistant", "content": answer}], **options
+            )
+        except TemplateError as error:
+            raise UserError(
+                f"the chat template of this model cannot render a question ({error}); "
+                "mend its chat_template or choose another model"
+            ) from error
+        gap = ""
+        if whole.startswith(prompt) and answer in whole:
+            gap = whole[len(prompt) : whole.index(answer)]
+        joint = " " if gap.endswith(" ") else ""
+        return prompt + gap[: len(gap) - len(joint)], joint
+
+    def _ids(self, strings, **options):
+        if not any(strings):
+            return [[] for _ in strings]
+        return self.tokenizer(strings, add_special_tokens=False, **options).input_ids
+
+    def _separate(self, texts):
+        middles = [self.lead + text + self.trail for text in texts]
+        encoded = self._ids(middles, split_special_tokens=True)
+        return [self.start_ids + self.head_ids + ids + self.tail_ids for ids in encoded]
+
+    def _encode_whole_prompts(self, texts):
+        if self.separable:
+            return self._separate(texts)
+        for text in texts:
+            if match := self.special.search(text):
+                raise UserError(f"the text contains {match[0]!r}, a control token of this model")
+        return [self.start_ids + ids for ids in self._ids([self.prompt(t) for t in texts])]
+
+    def prompt(self, text):
+        """The prompt as a string, as the model reads it."""
+        return self.head + self.lead + text + self.trail + self.tail
+
+    def encode(self, texts):
+        """[(token ids, truncated)] for stripped, non-empty texts."""
+        rows = []
+        for ids in self._encode_whole_prompts(texts):
+            excess = len(ids) - self.max_tokens
+            if excess > 0:
+                keep = self.prefix_length + (self.room + 1) // 2
+                ids = ids[:keep] + ids[keep + excess :]
+            rows.append((ids, excess > 0))
+        return rows
+
+    def _find_label_ids(self):
+        """First answer-token ids per label and, where labels collide on one, the whole words.
+
+        Ids are taken where they occur: the first token of prompt + word that the prompt alone does
+        not have. Returns (ids, None), or (None, words) with the ids of every whole word per label.
+        """
+        prompt = self._ids([self.prompt("Good")])[0]
+        firsts, wholes = [], []
+        for label in self.task.labels:
+            answers = self._ids([self.prompt("Good") + self.joint + word for word in label.words])
+            shared = [common_length(prompt, answer) for answer in answers]
+            tails = [tuple(a[n:]) for a, n in zip(answers, shared, strict=True)]
+            unknown = self.tokenizer.unk_token_id
+            for word, n, ids in zip(label.words, shared, tails, strict=True):
+                if n < len(prompt) or not ids or (unknown is not None and unknown in ids):
+                    raise UserError(
+                        f"the tokenizer of this model has no tokens for the answer word {word!r} "
+                        "after this prompt; choose another word"
+                    )
+            firsts.append(tuple(dict.fromkeys(ids[0] for ids in tails)))
+            wholes.append(tuple(dict.fromkeys(tails)))
+        if len({i for ids in firsts for i in ids}) == sum(len(ids) for ids in firsts):
+            return tuple(firsts), None
+        flat = [ids for words in wholes for ids in words]
+        for i, first in enumerate(flat):
+            for second in flat[:i] + flat[i + 1 :]:
+                if second[: len(first)] == first:
+                    raise UserError(
+                        f"one answer word of task {self.task.name!r} begins another "
+                        f"({self.tokenizer.decode(list(first))!r}); choose words that differ"
+                    )
+        return None, tuple(wholes)
+
+
+def common_length(a, b):
+    """Length of the longest common prefix of two sequences."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+def choose_device(device="auto"):
+    """`auto` → cuda, mps or cpu, whichever is there first. UserError for one that is not."""
+    import torch
+
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if device == "auto":
+        return next(name for name, there in available.items() if there)
+    if device not in available:
+        raise UserError(f"device must be auto, cuda, mps or cpu, got {device!r}")
+    if not available[device]:
+        raise UserError(f"this machine has no {device} device; use --device auto")
+    return device
+
+
+def choose_dtype(dtype, device):
+    """`auto` → what the device computes fast: bfloat16 or float16 on a GPU, float32 on a CPU."""
+    import torch
+
+    if dtype == "auto":
+        if device == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.float16 if device == "mps" else torch.float32
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+    return getattr(torch, dtype)
+
+
+def quantization_config(quantization, device, dtype):
+    """The bitsandbytes settings for `none`, `8bit` or `4bit`; UserError where it cannot run."""
+    if quantization == "none":
+        return None
+    if quantization not in ("8bit", "4bit"):
+        raise UserError(f"quantization must be none, 8bit or 4bit, got {quantization!r}")
+    if device == "mps":
+        raise UserError("bitsandbytes does not quantise on mps; use --quantization none")
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
+
+
+def quiet_libraries():
+    """Keep what is no news to the user off the terminal; errors still come through."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # An adapter on a tied embedding matters to whoever merges it; it is never merged here.
+    warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
+def torch_device(device):
+    """The torch device; for cuda the one of this process, with its number."""
+    import torch
+
+    if device == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(device)
+
+
+def load_model_and_tokenizer(settings):
+    """(model, tokenizer, device) of `ModelSettings`; safetensors only, no code from the hub."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quiet_libraries()
+    name = resolve_model(settings.model)
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    quantization = quantization_config(settings.quantization, device, dtype)
+    folder = Path(name)
+    check_model_name(name)
+    options = {"trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            quantization_config=quantization,
+            device_map={"": torch_device(device)} if quantization else None,
+            use_safetensors=True,
+            **options,
+        )
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        SafetensorError,
+    ) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        step = (
+            "is the folder complete (config.json, model.safetensors, tokenizer.json)?"
+            if folder.is_dir()
+            else "check the id and the network; for a gated model accept its licence on the hub "
+            "and run: hf auth login"
+        )
+        raise UserError(f"cannot load the model {name}: {reason[:300]}; {step}") from error
+    if not quantization:
+        model.to(torch_device(device))
+    model.eval()
+    return model, tokenizer, device
+
+
+FINGERPRINTED_FILES = (
+    "*.safetensors",
+    "*config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template*",
+)
+
+
+def weights_fingerprint(folder_or_id):
+    """Identity of a model or adapter: of the files of a folder, else hub id and commit."""
+    folder = Path(folder_or_id)
+    if folder.is_dir():
+        digest = hashlib.sha256()
+        for path in sorted({path for kind in FINGERPRINTED_FILES for path in folder.glob(kind)}):
+            with path.open("rb") as file:
+                digest.update(
+                    f"{path.name} {hashlib.file_digest(file, 'sha256').digest()}".encode()
+                )
+        return digest.hexdigest()[:16]
+    from transformers import AutoConfig
+
+    try:
+        commit = AutoConfig.from_pretrained(str(folder_or_id))._commit_hash
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot find the model {folder_or_id}: {str(error).splitlines()[0][:200]}; check the "
+            "id and the network, or accept its licence on the hub and run: hf auth login"
+        ) from error
+    return fingerprint([str(folder_or_id), commit])
+
+
+def model_fingerprint(settings):
+    """Identity of what `ModelSettings` load here: the weights and how they are computed with."""
+    dtype = choose_dtype(settings.dtype, choose_device(settings.device))
+    name = resolve_model(settings.model)
+    check_model_name(name)
+    return fingerprint(
+        [weights_fingerprint(name), str(dtype), settings.quantization, settings.max_tokens]
+    )
+
+
+def check_model_name(name):
+    """Raises UserError for what is neither a folder nor a hub id."""
+    if not Path(name).is_dir() and (name.startswith((".", "/")) or "/" not in name):
+        raise UserError(
+            f"there is no model folder {name}; give a preset, a hub id such as "
+            "meta-llama/Llama-3.1-8B-Instruct, or a folder that exists"
+        )
+
+
+class TransformerLogprobsClassifier:
+    """A causal language model as a classifier for one task.
+
+    model: `ModelSettings`, or a preset name, hub id or folder. adapter: folder of a LoRA adapter;
+    it shares the base weights in memory, and `without_adapter()` switches it off for a while.
+    task: the question and its labels. max_tokens is bounded by the model's context.
+
+    Attributes: device ("cuda", "mps", "cpu"), dtype (a torch dtype), encoder (`PromptEncoder`),
+    tolerance: the largest difference of a probability between batched and one-at-a-time scoring.
+    """
+
+    def __init__(self, model="embedded", adapter=None, task=SENTIMENT):
+        self.settings = model if isinstance(model, ModelSettings) else ModelSettings(model=model)
+        self.task = task
+        self.adapter = str(adapter) if adapter is not None else None
+        if self.adapter is not None and not (Path(adapter) / "adapter_config.json").exists():
+            raise UserError(f"no adapter in {adapter}/; run: python fine_tune_model.py")
+        self.model, self.tokenizer, self.device = load_model_and_tokenizer(self.settings)
+        self.dtype = self.model.dtype
+        half = str(self.dtype) != "torch.float32" or self.settings.quantization != "none"
+        self.tolerance = HALF_PRECISION_TOLERANCE if half else FULL_PRECISION_TOLERANCE
+        if self.adapter is not None:
+            self._load_adapter()
+        config = self.model.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None) or self.settings.max_tokens
+        self.encoder = PromptEncoder(
+            self.tokenizer, task, max_tokens=min(self.settings.max_tokens, context - 8)
+        )
+        self.adapter_active = self.adapter is not None
+
+    def _load_adapter(self):
+        import safetensors
+        from peft import PeftModel
+
+        try:
+            self.model = PeftModel.from_pretrained(self.model, self.adapter)
+        except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise UserError(
+                f"the adapter in {self.adapter}/ does not fit {self.settings.model} or is damaged "
+                f"({reason}); run: python fine_tune_model.py --force-retrain"
+            ) from error
+        self.model.eval()
+
+    @property
+    def identity(self):
+        """What a calibrator is tied to: a change of any part changes the fingerprint."""
+        parts = {
+            "model": self.settings.model,
+            "model_fingerprint": weights_fingerprint(resolve_model(self.settings.model)),
+            "adapter_fingerprint": weights_fingerprint(self.adapter)
+            if self.adapter_active
+            else None,
+            "prompt": self.encoder.prompt("{text}"),
+            "label_words": {label.name: list(label.words) for label in self.task.labels},
+            "tokenizer": hashlib.sha256(
+                self.tokenizer.backend_tokenizer.to_str().encode()
+            ).hexdigest()[:16],
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "quantization": self.settings.quantization,
+        }
+        return {**parts, "fingerprint": fingerprint(parts)}
+
+    @contextmanager
+    def without_adapter(self):
+        """Inside the block the base model answers."""
+        if not self.adapter_active:
+            yield self
+            return
+        self.adapter_active = False
+        try:
+            with self.model.disable_adapter():
+                yield self
+        finally:
+            self.adapter_active = True
+
+    def classify(self, text, temperature=1.0):
+        """`Prediction` for one text. Raises UserError for a text that cannot be scored."""
+        prediction = self.classify_batch([text], temperature=temperature)[0]
+        if prediction.error is not None:
+            raise UserError(prediction.error)
+        return prediction
+
+    def classify_batch(self, texts, ids=None, temperature=1.0, progress=False):
+        """One `Prediction` a text, in input order, whatever the order they are scored in.
+
+        texts: list of str. ids: their example ids (default: their positions). temperature:
+        divides the logits; 1 is the model's own distribution, another value the one that sampling
+        at that temperature draws from. progress: a bar on stderr. A text that cannot be scored
+        gives a row with `error` set.
+        """
+        from tqdm import tqdm
+
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}")
+        if isinstance(texts, str):
+            raise TypeError("texts must be a list of strings, got one string; use classify(text)")
+        ids = [str(i) for i in range(len(texts))] if ids is None else list(ids)
+        results, rows = self._encode_rows(texts, ids)
+        with tqdm(total=len(rows), unit="text", disable=not progress, file=sys.stderr) as bar:
+            for batch in self._batches(rows):
+                started = time.perf_counter()
+                scored = self._label_logprobs([rows[i][1] for i in batch], temperature)  # (B, K)
+                seconds = (time.perf_counter() - started) / len(batch)
+                for i, logprobs in zip(batch, scored, strict=True):
+                    position, _, truncated = rows[i]
+                    if not all(math.isfinite(v) for v in logprobs):
+                        error = f"the model gave a label the log-probability {min(logprobs)}"
+                        results[position] = self._error(ids[position], error)
+                        continue
+                    results[position] = prediction_from_logprobs(
+                        ids[position],
+                        self.task,
+                        logprobs,
+                        truncated=truncated,
+                        latency_sec=seconds,
+                    )
+                bar.update(len(batch))
+        return [results[i] for i in range(len(texts))]
+
+    def _error(self, example_id, message):
+        return Prediction(example_id=example_id, method=TOKEN_PROBABILITY, error=message)
+
+    def _encode_rows(self, texts, ids):
+        """({position: error prediction}, [(position, token ids, truncated)])."""
+        results, rows, kept = {}, [], []
+        for position, text in enumerate(texts):
+            problem = text_problem(text)
+            if problem is None:
+                kept.append(position)
+            else:
+                results[position] = self._error(ids[position], problem)
+        try:
+            encoded = self.encoder.encode([texts[i].strip() for i in kept])
+            rows = [(i, *row) for i, row in zip(kept, encoded, strict=True)]
+        except UserError:  # a text holds a control token this tokenizer cannot treat as text
+            for i in kept:
+                try:
+                    rows.append((i, *self.encoder.encode([texts[i].strip()])[0]))
+                except UserError as error:
+                    results[i] = self._error(ids[i], str(error))
+        return results, rows
+
+    def _batches(self, rows):
+        """Row numbers, longest first, in batches of at most `batch_tokens` padded tokens."""
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i][1]))
+        start = 0
+        while start < len(order):
+            longest = len(rows[order[start]][1])
+            size = max(1, self.settings.batch_tokens // longest)
+            yield order[start : start + size]
+            start += size
+
+    def _next_token_logprobs(self, sequences, positions=None, temperature=1.0):
+        """Float32 log-probabilities (nats) of the token after each position, (B, P, V).
+
+        positions: for every row those wanted; by default its last one.
+        Rows are padded on the right. The attention is causal, so the padding changes nothing at or
+        before a row's last token and needs no mask.
+        """
+        import torch
+
+        if positions is None:
+            positions = [[len(ids) - 1] for ids in sequences]
+        width = max(len(ids) for ids in sequences)
+        batch = torch.zeros(len(sequences), width, dtype=torch.long)
+        for row, ids in enumerate(sequences):
+            batch[row, : len(ids)] = torch.tensor(ids)
+        wanted = sorted({p for row in positions for p in row})
+        column = {p: i for i, p in enumerate(wanted)}
+        index = torch.tensor([[column[p] for p in row] for row in positions])  # (B, P)
+        with torch.inference_mode():
+            try:
+                logits = self.model(
+                    input_ids=batch.to(self.device),
+                    logits_to_keep=torch.tensor(wanted, device=self.device),
+                    use_cache=False,
+                ).logits  # (B, len(wanted), V)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"out of memory with {batch.numel()} tokens in a batch; lower --batch-tokens "
+                    "or use --quantization 4bit"
+                ) from error
+            if logits.shape[1] != len(wanted):
+                raise UserError(
+                    f"{self.settings.model} ignores logits_to_keep, which this classifier needs; "
+                    "choose another model"
+                )
+            rows = torch.arange(len(sequences))[:, None]
+            chosen = logits[rows, index.to(logits.device)].float()
+            return (chosen / temperature).log_softmax(-1)
+
+    def _label_logprobs(self, sequences, temperature):
+        """[(K,) list of log-probabilities in nats] for prompts given as token ids."""
+        import torch
+
+        if self.encoder.label_ids is not None:
+            logprobs = self._next_token_logprobs(sequences, None, temperature)[:, 0]  # (B, V)
+            sums = [logprobs[:, list(ids)].logsumexp(-1) for ids in self.encoder.label_ids]
+            return torch.stack(sums, dim=1).tolist()
+        labels = []
+        for words in self.encoder.label_words:  # words that collide on their first token
+            scores = []
+            for word in words:
+                longer = [ids + list(word[:-1]) for ids in sequences]
+                places = [list(range(len(ids) - 1, len(ids) - 1 + len(word))) for ids in sequences]
+                logprobs = self._next_token_logprobs(longer, places, temperature)  # (B, W, V)
+                steps = torch.arange(len(word))
+                scores.append(logprobs[:, steps, list(word)].sum(-1))
+            labels.append(torch.stack(scores).logsumexp(0))
+        return torch.stack(labels, dim=1).tolist()
+
+    def explain(self, text, k=8):
+        """`Explanation` of one text: prediction, top-k tokens and each label's words."""
+        prediction = self.classify(text)
+        prompt = text.strip()
+        ids, _ = self.encoder.encode([prompt])[0]
+        logprobs = self._next_token_logprobs([ids])[0, 0]
+        order = logprobs.argsort(descending=True)
+        rank = {int(token): i + 1 for i, token in enumerate(order.tolist())}
+
+        def row(token):
+            value = float(logprobs[token])
+            name = visible_token(self.tokenizer, token)
+            return TokenProbability(rank[token], token, name, value, math.exp(value))
+
+        words = {}
+        for i, label in enumerate(self.task.labels):
+            if self.encoder.label_ids is not None:
+                tokens = self.encoder.label_ids[i]
+            else:
+                tokens = tuple(dict.fromkeys(word[0] for word in self.encoder.label_words[i]))
+            words[label.name] = tuple(sorted(map(row, tokens), key=lambda t: t.rank))
+        top = tuple(row(token) for token in order[:k].tolist())
+        return Explanation(self.encoder.prompt(prompt), prediction, top, words)
+
+    def next_token_distribution(self, prompt, k=8):
+        """The k most probable next tokens after `prompt` as it stands, without a template.
+
+        Raises UserError for an empty prompt. A prompt beyond the context loses its beginning.
+        """
+        if not prompt:
+            raise UserError("the prompt is empty; give at least one character")
+        if problem := encoding_problem(prompt):
+            raise UserError(problem)
+        start = self.tokenizer("").input_ids
+        ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
+        ids = start + ids[-(self.encoder.max_tokens - len(start)) :]
+        logprobs = self._next_token_logprobs([ids])[0, 0]
+        values, tokens = logprobs.topk(min(k, len(logprobs)))
+        return [
+            TokenProbability(i + 1, t, visible_token(self.tokenizer, t), v, math.exp(v))
+            for i, (v, t) in enumerate(zip(values.tolist(), tokens.tolist(), strict=True))
+        ]
+
+
+def text_problem(text):
+    """Why a text cannot be scored, or None."""
+    if not isinstance(text, str):
+        return f"a text must be a string, got {type(text).__name__}"
+    if not text.strip():
+        return "the text is empty; give at least one visible character"
+    return encoding_problem(text)
+
+
+def encoding_problem(text):
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        return "the text holds half a character (a lone surrogate); is it valid UTF-8?"
+    return None
+
+
+def visible_token(tokenizer, token_id):
+    """A token as quoted text: ' Yes', '\\n\\n'; bytes that are no text on their own as <E2 80>."""
+    text = tokenizer.decode([token_id])
+    if "�" not in text:
+        return repr(text)
+    piece = tokenizer.convert_ids_to_tokens(token_id)
+    if match := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+        return f"<{match[1]}>"
+    alphabet = byte_alphabet()
+    if all(c in alphabet for c in piece):
+        return "<" + " ".join(f"{alphabet[c]:02X}" for c in piece) + ">"
+    return repr(piece)
+
+
+def byte_alphabet():
+    """{character: byte} of byte-level BPE: printable bytes are themselves, the rest follow 256."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+
+DEMONSTRATION_TEXTS = (
+    "An absolutely wonderful film, I loved every minute of it.",
+    "Terrible service, cold food and a rude waiter. Never again.",
+    "It was fine, I suppose.",
+    "Best worst thing ever",
+    "The second half starts at four o'clock.",
+)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts to classify")
+    parser.add_argument("--model", default="embedded", help="preset, hub id or folder")
+    parser.add_argument("--adapter", help="folder of a LoRA adapter")
+    arguments = parser.parse_args(argv)
+    try:
+        classifier = TransformerLogprobsClassifier(arguments.model, arguments.adapter)
+        texts = arguments.texts or list(DEMONSTRATION_TEXTS)
+        predictions = classifier.classify_batch(texts)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    first = classifier.task.label_names[0]
+    print(f"{'confidence':>10}  {'label mass':>10}  {f'P({first})':>12}  {'predicted':<10} text")
+    for text, p in zip(texts, predictions, strict=True):
+        if p.error is not None:
+            print(f"{'':>10}  {'':>10}  {'':>12}  {'error':<10} {p.error}")
+            continue
+        print(
+            f"{p.confidence:>10.4f}  {p.label_mass:>10.4f}  {p.probability:>12.4f}  "
+            f"{p.predicted:<10} {text}"
+        )
+    return 1 if any(p.error is not None for p in predictions) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

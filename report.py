@@ -1,0 +1,79 @@
+"""The numbers of a cache in words: one source for the pipeline's summary and the README's tables.
+
+Layer 1: reads evaluation_cache/, loads no model and draws nothing. Everything is of test rows.
+"""
+
+from pathlib import Path
+
+from records import MODEL_FILES, load_results, read_json
+
+METHODS = ("raw", "platt", "isotonic")
+MODEL_TITLES = {"base": "base model", "finetuned": "fine-tuned"}
+NEXT_STEP = "run: python generate_evaluation_cache.py --force"
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
+
+
+def with_interval(metric: dict, scale: float = 1.0, digits: int = 3) -> str:
+    """`0.812 [0.790, 0.835]` from {"estimate", "low", "high"}."""
+    value, low, high = (f"{scale * metric[k]:.{digits}f}" for k in ("estimate", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def metrics_by_model(cache_dir: Path) -> dict:
+    """{model: {method: metrics}} of calibrated_results.json. Raises UserError if it is damaged."""
+    models = read_json(Path(cache_dir) / "calibrated_results.json", NEXT_STEP)["models"]
+    return {
+        name: {method: m["metrics"] for method, m in models[name]["test"]["methods"].items()}
+        for name in MODEL_FILES
+        if name in models
+    }
+
+
+def category_accuracy(cache_dir: Path, models: list[str]) -> dict:
+    """{model: {category: accuracy}}; empty where the data has no categories."""
+    table = {}
+    for name in models:
+        test = load_results(Path(cache_dir) / MODEL_FILES[name]).arrays("test")
+        known = sorted(set(test["category"]) - {""})
+        table[name] = {c: float(test["correct"][test["category"] == c].mean()) for c in known}
+    return table
+
+
+def summary_rows(cache_dir: Path) -> list[tuple[str, list[str]]]:
+    """[(title, one value a model)], the first row naming the models."""
+    metrics = metrics_by_model(cache_dir)
+    models = list(metrics)
+    n = metrics["base"]["raw"]["n"]
+    rows = [(f"test rows: {n:,}", [MODEL_TITLES[m] for m in models])]
+
+    def add(title, value):
+        rows.append((title, [value(metrics[m]) for m in models]))
+
+    def confident(of):
+        high = of["platt"]["high_confidence"]
+        right = "none" if high["accuracy"] is None else f"{percent(high['accuracy'])} right"
+        return f"{percent(high['share'])}, {right}"
+
+    for method in METHODS:
+        add(f"accuracy, {method}, %", lambda of, m=method: with_interval(of[m]["accuracy"], 100, 1))
+    add(
+        "mean confidence, raw, %",
+        lambda of: f"{100 * of['raw']['mean_confidence']['estimate']:.1f}",
+    )
+    for measure, title in (("ece", "ECE"), ("log_loss", "log-loss"), ("brier", "Brier score")):
+        for method in METHODS:
+            add(f"{title}, {method}", lambda of, m=method, k=measure: with_interval(of[m][k]))
+            if measure == "ece":
+                add(
+                    f"ECE, {method}, if perfectly calibrated",
+                    lambda of, m=method: f"{of[m]['ece']['null_mean']:.3f}",
+                )
+    add("Platt confidence ≥ 90 %", confident)
+    categories = category_accuracy(cache_dir, models)
+    for category in categories["base"]:
+        values = [f"{100 * categories[m][category]:.1f}" for m in models]
+        rows.append((f"accuracy, {category}, %", values))
+    return rows

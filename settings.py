@@ -1,0 +1,292 @@
+"""Contracts: tasks, prompts, model presets, paths and the settings of every stage.
+
+Layer 0: standard library only, nothing here loads a model or a file of data. Every default of the
+project is stated in this module, once.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+DATASET_DIR = ROOT / "dataset"
+EMBEDDED_MODEL_DIR = ROOT / "embedded_model"
+FINE_TUNED_DIR = ROOT / "fine_tuned_sentiment_model"
+CACHE_DIR = ROOT / "evaluation_cache"
+IMAGES_DIR = ROOT / "images"
+
+SPLITS = ("train", "validation", "calibration", "test")
+
+# Short names for `--model`. Any other hub id or local folder works as well.
+MODEL_PRESETS = {
+    "embedded": str(EMBEDDED_MODEL_DIR),
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "gemma-2-2b": "google/gemma-2-2b-it",
+    "phi-3-mini": "microsoft/Phi-3-mini-4k-instruct",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+    "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "glm-4-9b": "zai-org/glm-4-9b-chat-hf",
+}
+
+
+class UserError(Exception):
+    """A mistake the user can mend: its message names what is wrong and the next step."""
+
+
+def resolve_model(name):
+    """Hub id or folder for a preset name; any other string is returned as it is."""
+    return MODEL_PRESETS.get(name, name)
+
+
+def fingerprint(value):
+    """First 16 hex digits of the SHA-256 of `value` as canonical JSON."""
+    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("utf-8")).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Label:
+    """One answer of a task: its name in the data and the words a model may say for it."""
+
+    name: str
+    words: tuple[str, ...]
+
+    def __post_init__(self):
+        if isinstance(self.words, str):
+            raise TypeError(f"words must be a sequence of strings, got the string {self.words!r}")
+        object.__setattr__(self, "words", tuple(self.words))
+        if not self.name or not self.words or not all(w.strip() for w in self.words):
+            raise UserError(f"label {self.name!r} needs a name and at least one answer word")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A question about a text and its possible answers; K = len(labels) ≥ 2, in fixed order.
+
+    For two labels the first one is the class that `P(...)`, the signed margin and the calibrators
+    speak of: P(positive) for sentiment.
+    """
+
+    name: str
+    question: str
+    labels: tuple[Label, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "labels", tuple(self.labels))
+        if not self.question.strip():
+            raise UserError(f"task {self.name!r} has an empty question")
+        if len(self.labels) < 2:
+            raise UserError(
+                f"task {self.name!r} has {len(self.labels)} label, at least 2 are needed"
+            )
+        seen = {}
+        for label in self.labels:
+            if self.label_names.count(label.name) > 1:
+                raise UserError(f"task {self.name!r} names the label {label.name!r} twice")
+            for word in label.words:
+                if seen.setdefault(word, label.name) != label.name:
+                    raise UserError(
+                        f"answer word {word!r} belongs to both {seen[word]!r} and {label.name!r}"
+                    )
+
+    @property
+    def label_names(self):
+        return tuple(label.name for label in self.labels)
+
+    def user_message(self, text):
+        """What the user's turn of the chat says; the prompt is this inside the chat template."""
+        return f"{self.question}\n\nText: {text}"
+
+    def to_json(self):
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data):
+        labels = tuple(Label(item["name"], tuple(item["words"])) for item in data["labels"])
+        return cls(name=data["name"], question=data["question"], labels=labels)
+
+
+def case_variants(word):
+    """The surface forms of an answer word that are summed: Yes, yes, YES."""
+    return tuple(dict.fromkeys([word[:1].upper() + word[1:].lower(), word.lower(), word.upper()]))
+
+
+SENTIMENT = Task(
+    name="sentiment",
+    question="Is this text positive in sentiment? Answer yes or no.",
+    labels=(
+        Label("positive", case_variants("yes")),
+        Label("negative", case_variants("no")),
+    ),
+)
+
+
+def setting(default, help, **extra):
+    """A dataclass field that also describes its command-line flag."""
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """The question; without flags it is sentiment."""
+
+    question: str | None = setting(None, "question put to the model about each text")
+    labels: str | None = setting(
+        None,
+        "label names in order, each with its answer word: spam=yes,ham=no "
+        "(a name alone is its own answer word)",
+    )
+    task_name: str | None = setting(None, "name of the task in files and charts")
+
+    def task(self):
+        if self.question is None and self.labels is None and self.task_name is None:
+            return SENTIMENT
+        if self.question is None or self.labels is None:
+            raise UserError("a task of your own needs both --question and --labels")
+        labels = []
+        for part in self.labels.split(","):
+            name, _, word = part.strip().partition("=")
+            if not name.strip():
+                raise UserError(f"--labels {self.labels!r} has an empty label name")
+            labels.append(Label(name.strip(), case_variants(word.strip() or name.strip())))
+        return Task(self.task_name or "custom", self.question, tuple(labels))
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model is asked, and where it runs."""
+
+    model: str = setting(
+        "embedded", f"preset ({', '.join(MODEL_PRESETS)}), hub id or local folder of the model"
+    )
+    device: str = setting("auto", "auto, cuda, mps or cpu")
+    dtype: str = setting("auto", "auto, float32, bfloat16 or float16")
+    quantization: str = setting("none", "none, 8bit or 4bit (bitsandbytes)")
+    batch_tokens: int = setting(8192, "tokens of a batch at evaluation, padding included")
+    max_tokens: int = setting(4096, "longest prompt in tokens; longer texts lose their middle")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where the labelled examples are and how they are divided."""
+
+    data: str | None = setting(
+        None, "CSV, JSONL or Parquet file of your own (default: the files of dataset/)"
+    )
+    text_column: str = setting("text", "column of the text")
+    label_column: str = setting("label", "column of the label")
+    category_column: str | None = setting(None, "column by which results are also broken down")
+    split_seed: int = setting(42, "seed of the division into splits")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """LoRA fine-tuning. The defaults suit the embedded model; `for_model` adapts them."""
+
+    rank: int = setting(16, "LoRA rank")
+    alpha: int = setting(32, "LoRA alpha; the update is scaled by alpha / rank")
+    dropout: float = setting(0.1, "LoRA dropout, 0 to 1")
+    target_modules: str | None = setting(
+        None,
+        "modules that get an adapter: all-linear, all-linear+embeddings, or names joined by commas "
+        "(default: all-linear+embeddings below 1 billion parameters, else all-linear)",
+    )
+    learning_rate: float | None = setting(
+        None, "peak learning rate (default: 1e-3 below 1 billion parameters, else 2e-4)"
+    )
+    epochs: int = setting(2, "passes over the training rows")
+    batch_size: int | None = setting(
+        None, "rows of one forward pass (default: 32 below 1 billion parameters, else 4)"
+    )
+    accumulation: int | None = setting(
+        None, "forward passes of one optimizer step (default: 1, or 4 from 1 billion parameters)"
+    )
+    warmup_fraction: float = setting(0.05, "share of the steps with a rising learning rate")
+    weight_decay: float = setting(0.01, "AdamW weight decay")
+    evaluations_per_epoch: int = setting(4, "validation passes an epoch")
+    patience: int = setting(4, "validation passes without improvement before training stops")
+    train_seed: int = setting(42, "seed of initialisation, order and dropout")
+
+    def for_model(self, parameters):
+        """These settings with what was left open filled in for a model of so many parameters."""
+        large = parameters >= 1e9
+        filled = {
+            "learning_rate": 2e-4 if large else 1e-3,
+            "batch_size": 4 if large else 32,
+            "accumulation": 4 if large else 1,
+            "target_modules": "all-linear" if large else "all-linear+embeddings",
+        }
+        return replace(
+            self, **{name: v for name, v in filled.items() if getattr(self, name) is None}
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """The held-out evaluation."""
+
+    samples: int = setting(20, "samples of response consistency for a text")
+    temperature: float = setting(1.0, "sampling temperature of response consistency")
+    bins: int = setting(20, "equal-width bins of the calibration error")
+    resamples: int = setting(1000, "bootstrap resamples of an interval")
+    evaluation_seed: int = setting(42, "seed of sampling and of the bootstrap")
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """Where the results go: fine_tuned_sentiment_model/, evaluation_cache/ and images/ below it."""
+
+    output_dir: str | None = setting(None, "folder of the results (default: the project folder)")
+
+    @property
+    def folder(self):
+        return Path(self.output_dir) if self.output_dir else ROOT
+
+    @property
+    def fine_tuned(self):
+        return self.folder / FINE_TUNED_DIR.name
+
+    @property
+    def cache(self):
+        return self.folder / CACHE_DIR.name
+
+    @property
+    def images(self):
+        return self.folder / IMAGES_DIR.name
+
+
+def first_type(annotation):
+    """int for both `int` and `int | None`."""
+    return getattr(annotation, "__args__", (annotation,))[0]
+
+
+def settings_table(cls):
+    """The name of a settings class in help texts and configuration files: `training`."""
+    return cls.__name__.removesuffix("Settings").lower()
+
+
+def add_arguments(parser, *classes):
+    """One flag for every field of the settings classes, with the default in its help."""
+    for cls in classes:
+        group = parser.add_argument_group(settings_table(cls))
+        for f in fields(cls):
+            kind = {int: int, float: float}.get(first_type(f.type), str)
+            text = f.metadata["help"]
+            if f.default is not None:
+                text += f" (default: {f.default})"
+            group.add_argument(
+                "--" + f.name.replace("_", "-"),
+                type=kind,
+                default=f.default,
+                metavar=f.name.upper(),
+                help=text.replace("%", "%%"),
+            )
+
+
+def from_arguments(cls, arguments):
+    """The settings object of class `cls` out of parsed arguments."""
+    return cls(**{f.name: getattr(arguments, f.name) for f in fields(cls)})

@@ -1,0 +1,563 @@
+"""Fine-tuning: what is learnt, what is written, and what is left after an interruption."""
+
+import csv
+import json
+import math
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+import fine_tune_model
+from dataset_loader import load_splits
+from fine_tune_model import AnswerBatches, Checkpoint, answer_loss, fine_tune, learning_rate_at
+from logprobs_confidence import PromptEncoder, TransformerLogprobsClassifier
+from records import Example, load_held_out
+from settings import (
+    ROOT,
+    SENTIMENT,
+    DataSettings,
+    Label,
+    ModelSettings,
+    OutputSettings,
+    Task,
+    TaskSettings,
+    TrainingSettings,
+)
+
+QUESTION = "Does this text name an animal? Answer yes or no."
+LABELS = "animal=yes,plant=no"
+TASK = TaskSettings(question=QUESTION, labels=LABELS).task()
+KEYWORDS = {"animal": ("dog", "cat"), "plant": ("tree", "grass"), "metal": ("iron", "gold")}
+FILLER = ["the", "a", "with", "under", "near", "some", "every", "old", "new", "our", "their"]
+FILLER += ["again", "today", "slowly", "quickly", "behind", "before", "after", "while", "two"]
+FILLER += ["many", "few", "warm", "cold", "early", "late", "small", "tall", "river", "street"]
+MODEL = ModelSettings(device="cpu")
+SMALL = {"epochs": 1, "batch_size": 8, "rank": 8, "evaluations_per_epoch": 2}  # seconds of training
+RESULT_FILES = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "manifest.json",
+    "task.json",
+    "test_set.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training_metrics.json",
+}
+
+
+def small_rows(n, labels=("animal", "plant"), seed=0):
+    """[(text, label)]: filler, then two words that tell the label; every sixth a near-duplicate."""
+    rng = random.Random(seed)
+    rows = []
+    for i in range(n):
+        label = labels[i % len(labels)]
+        if i % 6 == 5:
+            text = rows[i - len(labels)][0] + " Really"
+        else:
+            words = rng.choices(FILLER, k=rng.randint(5, 8)) + rng.choices(KEYWORDS[label], k=2)
+            text = " ".join(words).capitalize() + "."
+        rows.append((text, label))
+    return rows
+
+
+def write_csv(path, rows, columns=("text", "label")):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([columns, *rows])
+    return path
+
+
+def train(folder, data, force=False, model=MODEL, **training):
+    """`fine_tune` on a small file; returns its outcome."""
+    settings = TrainingSettings(**{**SMALL, **training})
+    output = OutputSettings(output_dir=str(folder))
+    return fine_tune(TASK, model, DataSettings(data=str(data)), settings, output, force)
+
+
+def command_flags(folder, data, **training):
+    values = {**SMALL, **training, "data": data, "question": QUESTION, "labels": LABELS}
+    values |= {"device": "cpu", "output_dir": folder}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+
+
+def result(folder, file):
+    return json.loads((folder / "fine_tuned_sentiment_model" / file).read_text(encoding="utf-8"))
+
+
+def adapter_weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "fine_tuned_sentiment_model" / "adapter_model.safetensors")
+
+
+def all_files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def easy_csv(tmp_path_factory):
+    return write_csv(tmp_path_factory.mktemp("data") / "easy.csv", small_rows(400))
+
+
+@pytest.fixture(scope="module")
+def tiny_csv(tmp_path_factory):
+    return write_csv(tmp_path_factory.mktemp("data") / "tiny.csv", small_rows(72))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, easy_csv):
+    """The folder of a finished run on 400 rows, long enough to learn them."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert train(folder, easy_csv, epochs=2, rank=16) == "trained"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, tiny_csv):
+    """The folder of an uninterrupted run on 72 rows with four validation passes."""
+    folder = tmp_path_factory.mktemp("reference")
+    assert train(folder, tiny_csv, evaluations_per_epoch=4) == "trained"
+    return folder
+
+
+# What a run leaves.
+
+
+def test_result_folder_holds_exactly_the_named_files_and_nothing_is_left_beside_it(trained):
+    assert {p.name for p in trained.iterdir()} == {"fine_tuned_sentiment_model"}
+    files = list((trained / "fine_tuned_sentiment_model").iterdir())
+    assert {p.name for p in files} == RESULT_FILES
+    (trained / "probe").touch()
+    rights = (trained / "probe").stat().st_mode
+    (trained / "probe").unlink()
+    assert (trained / "fine_tuned_sentiment_model/adapter_model.safetensors").stat().st_mode == (
+        rights
+    )
+
+
+def test_adapter_learns_the_held_out_rows_and_leaves_the_base_model_as_it_was(trained, easy_csv):
+    folder = trained / "fine_tuned_sentiment_model"
+    rows = [e for e in load_splits(DataSettings(data=str(easy_csv)), TASK) if e.split == "test"]
+    texts = [e.text for e in rows]
+    classifier = TransformerLogprobsClassifier(MODEL, folder, TASK)
+    tuned = classifier.classify_batch(texts)
+    with classifier.without_adapter():
+        switched_off = classifier.classify_batch(texts)
+    base = TransformerLogprobsClassifier(MODEL, task=TASK).classify_batch(texts)
+
+    def accuracy(predictions):
+        return sum(p.predicted == e.label for p, e in zip(predictions, rows, strict=True)) / len(
+            rows
+        )
+
+    assert accuracy(tuned) > 0.7
+    assert accuracy(tuned) > accuracy(base)
+    assert [p.probability for p in switched_off] == pytest.approx(
+        [p.probability for p in base], abs=1e-6
+    )
+    change = [abs(t.probability - b.probability) for t, b in zip(tuned, base, strict=True)]
+    assert max(change) > 0.1
+
+
+def test_metrics_tell_the_run(trained):
+    metrics = result(trained, "training_metrics.json")
+    history = metrics["history"]
+    n_batches = math.ceil(metrics["rows"]["train"] / SMALL["batch_size"])
+    passes = (0, 0.5, 1, 1.5, 2)
+    assert [h["step"] for h in history] == [math.ceil(epochs * n_batches) for epochs in passes]
+    assert history[-1]["epoch"] == 2.0
+    best = min(history[1:], key=lambda h: h["validation_calibrated_log_loss"])
+    assert metrics["chosen_step"] == best["step"]
+    assert history[-1]["training_loss"] < history[1]["training_loss"]
+    weights = adapter_weights(trained)
+    assert metrics["trainable_parameters"] == sum(w.numel() for w in weights.values())
+    assert metrics["settings"]["accumulation"] == 1  # filled in for a small model
+    assert Task.from_json(result(trained, "task.json")) == TASK
+
+
+def test_held_out_rows_are_the_split_and_no_group_of_theirs_is_trained_on(
+    tmp_path, tiny_csv, monkeypatch
+):
+    seen = []
+
+    class Recording(AnswerBatches):
+        def __init__(self, encoder, examples, *rest):
+            seen.extend(examples)
+            super().__init__(encoder, examples, *rest)
+
+    monkeypatch.setattr(fine_tune_model, "AnswerBatches", Recording)
+    train(tmp_path, tiny_csv, batch_size=32)
+    examples = load_splits(DataSettings(data=str(tiny_csv)), TASK)
+    held_out = load_held_out(tmp_path / "fine_tuned_sentiment_model")
+    assert held_out == [e for e in examples if e.split in ("calibration", "test")]
+    assert seen == [e for e in examples if e.split == "train"]
+    groups = Counter(e.group for e in examples)
+    assert max(groups.values()) > 1  # there are near-duplicates to be kept apart
+    assert not {e.group for e in seen} & {e.group for e in held_out}
+
+
+def test_second_run_is_up_to_date_and_a_changed_setting_trains_again(tmp_path, tiny_csv):
+    assert train(tmp_path, tiny_csv, batch_size=32) == "trained"
+    before = all_files(tmp_path)
+    assert train(tmp_path, tiny_csv, batch_size=32) == "up to date"
+    assert all_files(tmp_path) == before
+    assert train(tmp_path, tiny_csv, batch_size=32, train_seed=7) == "trained"
+    after = all_files(tmp_path)
+    assert set(after) == set(before)
+    name = "fine_tuned_sentiment_model/adapter_model.safetensors"
+    assert after[name] != before[name]
+    assert train(tmp_path, tiny_csv, force=True, batch_size=32, train_seed=7) == "trained"
+    assert all_files(tmp_path)[name] == after[name]  # the same settings give the same adapter
+
+
+# The loss and the order.
+
+
+EXAMPLES = [
+    Example(str(i), text, label)
+    for i, (text, label) in enumerate(
+        [
+            ("Good.", "positive"),
+            ("A long and winding tale of two brothers that never quite finds its end", "negative"),
+            ("I would not send my worst enemy there", "negative"),
+            ("Sunny", "positive"),
+            ("We came for an hour and stayed for the whole of a wonderful week", "positive"),
+        ]
+    )
+]
+COLLIDING = Task(
+    "colliding",
+    "Is this good?",
+    (Label("positive", ("Yes it is",)), Label("negative", ("Yes but no", "Yes no"))),
+)
+
+
+def plain_loss(model, encoder, examples):
+    """The definition: one unpadded text at a time, the whole softmax, the first answer word."""
+    import torch
+
+    names = encoder.task.label_names
+    losses = []
+    for e in examples:
+        word = encoder.task.labels[names.index(e.label)].words[0]
+        prompt = encoder.prompt(e.text)
+        ids = encoder.tokenizer(prompt, add_special_tokens=False).input_ids
+        answer = encoder.tokenizer(prompt + word, add_special_tokens=False).input_ids[len(ids) :]
+        if encoder.label_ids is not None:
+            answer = answer[:1]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids + answer], device=model.device)).logits[0]
+        logprobs = logits.float().log_softmax(-1)
+        losses.append(-sum(float(logprobs[len(ids) - 1 + j, t]) for j, t in enumerate(answer)))
+    return losses
+
+
+@pytest.mark.parametrize("task", [SENTIMENT, COLLIDING], ids=["one token", "whole words"])
+def test_answer_loss_is_the_mean_of_plain_forward_passes_whatever_the_padding(classifier, task):
+    encoder = PromptEncoder(classifier.tokenizer, task, max_tokens=256)
+    assert (encoder.label_ids is None) == (task is COLLIDING)
+    rows = AnswerBatches(encoder, EXAMPLES, batch_size=8, seed=0).rows
+    assert len({len(ids) for ids, _ in rows}) > 2  # so that there is padding
+    expected = plain_loss(classifier.model, encoder, EXAMPLES)
+    together = float(answer_loss(classifier.model, rows, classifier.device).detach())
+    assert together == pytest.approx(sum(expected) / len(expected), abs=1e-3)
+    for row, loss in zip(rows, expected, strict=True):
+        alone = float(answer_loss(classifier.model, [row], classifier.device).detach())
+        assert alone == pytest.approx(loss, abs=1e-3)
+
+
+def test_batches_are_a_pure_function_of_seed_and_epoch_and_cover_every_row_once(classifier):
+    rows = [Example(str(i), f"{'very ' * (i % 17)}good {i}", "positive") for i in range(103)]
+    batches = AnswerBatches(classifier.encoder, rows, batch_size=8, seed=3)
+    first = batches.epoch(0)
+    batches.epoch(5)
+    assert batches.epoch(0) == first
+    assert AnswerBatches(classifier.encoder, rows, batch_size=8, seed=3).epoch(0) == first
+    assert batches.epoch(1) != first
+    assert AnswerBatches(classifier.encoder, rows, batch_size=8, seed=4).epoch(0) != first
+    every = Counter(map(str, batches.rows))
+    assert max(every.values()) == 1
+    for epoch in range(3):
+        assert Counter(str(row) for batch in batches.epoch(epoch) for row in batch) == every
+        assert sorted(map(len, batches.epoch(epoch)))[1:] == [8] * 12
+
+
+def test_only_the_adapter_gets_gradients():
+    classifier = TransformerLogprobsClassifier(MODEL)
+    model = fine_tune_model.add_adapter(classifier, TrainingSettings(rank=4).for_model(7e6))
+    model.train()
+    rows = AnswerBatches(classifier.encoder, EXAMPLES, batch_size=8, seed=0).rows
+    answer_loss(model, rows, classifier.device).backward()
+    got = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert got == {name for name, p in model.named_parameters() if "lora_" in name}
+    assert all(
+        float(p.grad.abs().max()) > 0 for name, p in model.named_parameters() if "lora_B" in name
+    )
+
+
+@pytest.mark.parametrize("total", [1, 2, 10, 675])
+def test_learning_rate_rises_to_its_peak_and_falls_to_nothing(total):
+    training = TrainingSettings(learning_rate=2e-3, warmup_fraction=0.1)
+    rates = [learning_rate_at(step, total, training) for step in range(total)]
+    warmup = max(1, round(0.1 * total))
+    assert rates[0] == pytest.approx(2e-3 / warmup)
+    assert rates[warmup - 1] == pytest.approx(2e-3)
+    assert rates == sorted(rates[:warmup]) + sorted(rates[warmup:], reverse=True)
+    assert all(0 < rate <= 2e-3 for rate in rates)
+    if total > warmup:
+        assert rates[warmup] == pytest.approx(2e-3)
+        assert learning_rate_at(total, total, training) == pytest.approx(0, abs=1e-12)
+
+
+def test_training_stops_when_validation_no_longer_improves(tmp_path):
+    rng = random.Random(1)
+    rows = []
+    for i, (text, label) in enumerate(small_rows(120)):
+        split = ("train", "train", "validation", "calibration", "test")[i // 2 % 5]
+        if split == "validation":  # labels drawn by lot: nothing learnt can help there
+            label = rng.choice(("animal", "plant"))
+        rows.append((text.replace(" Really", f" really {i}"), label, split))
+    data = write_csv(tmp_path / "noise.csv", rows, ("text", "label", "split"))
+    with pytest.warns(UserWarning, match="near-duplicate groups lie in more than one split"):
+        train(tmp_path, data, epochs=4, evaluations_per_epoch=3, patience=2)
+    metrics = result(tmp_path, "training_metrics.json")
+    steps = [h["step"] for h in metrics["history"]]
+    assert metrics["stopped_early"]
+    assert steps[-1] < 4 * math.ceil(48 / 8)
+    assert sum(step > metrics["chosen_step"] for step in steps) == 2
+
+
+# Interruptions.
+
+
+def interrupt_after_first_checkpoint(monkeypatch):
+    write = Checkpoint.write
+
+    def write_and_stop(self, *arguments):
+        write(self, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "write", write_and_stop)
+
+
+def test_continued_run_gives_the_same_adapter_as_an_uninterrupted_one(
+    tmp_path, tiny_csv, reference, monkeypatch
+):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after_first_checkpoint(patch)
+        train(tmp_path, tiny_csv, evaluations_per_epoch=4)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoints"]  # no half-written result
+    steps = []
+    monkeypatch.setattr(
+        fine_tune_model,
+        "answer_loss",
+        lambda *arguments: steps.append(1) or answer_loss(*arguments),
+    )
+    assert train(tmp_path, tiny_csv, evaluations_per_epoch=4) == "trained"
+    history = result(reference, "training_metrics.json")["history"]
+    assert len(steps) == history[-1]["step"] - history[1]["step"]
+    assert result(tmp_path, "training_metrics.json")["history"] == history
+    expected, got = adapter_weights(reference), adapter_weights(tmp_path)
+    assert expected.keys() == got.keys()
+    assert all((expected[name] == got[name]).all() for name in expected)
+    assert {p.name for p in tmp_path.iterdir()} == {"fine_tuned_sentiment_model"}
+
+
+def test_killed_process_leaves_no_result_and_the_same_command_continues(tmp_path, tiny_csv):
+    flags = command_flags(tmp_path, tiny_csv, batch_size=4, evaluations_per_epoch=6)
+    command = [sys.executable, str(ROOT / "fine_tune_model.py"), *flags]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    limit = time.monotonic() + 120
+    while not list(tmp_path.glob("checkpoints/*/last/state.json")):
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "fine_tuned_sentiment_model").exists()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert "continuing after step" in done.stderr
+    assert done.stdout == f"{tmp_path / 'fine_tuned_sentiment_model'}: trained\n"
+    assert {p.name for p in (tmp_path / "fine_tuned_sentiment_model").iterdir()} == RESULT_FILES
+
+
+def test_two_processes_train_as_one_that_accumulates_two_batches(tmp_path, tiny_csv, monkeypatch):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    # A checkpoint of one process, whose steps are other steps, lies where the two will run.
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after_first_checkpoint(patch)
+        train(tmp_path / "two", tiny_csv, dropout=0.0)
+    train(tmp_path / "one", tiny_csv, dropout=0.0, accumulation=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += [f"--master_port={free_port()}", str(ROOT / "fine_tune_model.py")]
+    command += command_flags(tmp_path / "two", tiny_csv, dropout=0.0)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'two' / 'fine_tuned_sentiment_model'}: trained\n"
+    assert "continuing" not in done.stderr
+    expected = result(tmp_path / "one", "training_metrics.json")["history"]
+    history = result(tmp_path / "two", "training_metrics.json")["history"]
+    rows = result(tmp_path / "two", "training_metrics.json")["rows"]["train"]
+    assert history[-1]["step"] == math.ceil(math.ceil(rows / 8) / 2)  # two batches a step
+    assert [h["step"] for h in history] == [h["step"] for h in expected]
+    for row in history[1:]:
+        assert done.stderr.count(f"step {row['step']}: training loss") == 1
+    one, two = adapter_weights(tmp_path / "one"), adapter_weights(tmp_path / "two")
+    largest = max(float((one[name] - two[name]).abs().max()) for name in one)
+    assert largest < 1e-3
+
+
+# Mistakes and full disks.
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"rank": 0}, "--rank must be above 0, got 0"),
+        ({"dropout": 1}, "--dropout must be at least 0 and below 1, got 1.0"),
+        ({"learning_rate": "nan"}, "--learning-rate must be above 0, got nan"),
+        ({"weight_decay": -1}, "--weight-decay must be at least 0, got -1.0"),
+        ({"train_seed": -1}, "--train-seed must lie in [0, 2^31), got -1"),
+        ({"train_seed": 2**40}, "--train-seed must lie in [0, 2^31)"),
+        ({"target_modules": "q_proj,v_porj"}, "'v_porj', which this model does not have"),
+        ({"target_modules": ""}, "'', which this model does not have"),
+        ({"target_modules": "q_proj,"}, "'', which this model does not have"),
+        ({"learning_rate": 1e30}, "lower --learning-rate"),
+        ({"learning_rate": 1e30, "evaluations_per_epoch": 99}, "lower --learning-rate"),
+        ({"device": "tpu"}, "device must be auto, cuda, mps or cpu, got 'tpu'"),
+    ],
+    ids=str,
+)
+def test_bad_setting_is_one_clear_error(tmp_path, tiny_csv, capsys, setting, message):
+    assert fine_tune_model.main(command_flags(tmp_path, tiny_csv) + command_line(setting)) == 1
+    errors = [s for s in capsys.readouterr().err.splitlines() if "error:" in s]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not (tmp_path / "fine_tuned_sentiment_model").exists()
+
+
+def command_line(setting):
+    return [f"--{name.replace('_', '-')}={value}" for name, value in setting.items()]
+
+
+def test_names_of_modules_may_be_separated_by_comma_and_space(tmp_path, tiny_csv):
+    train(tmp_path, tiny_csv, batch_size=32, target_modules="q_proj, v_proj")
+    assert {name.split(".")[-3] for name in adapter_weights(tmp_path)} == {"q_proj", "v_proj"}
+
+
+def test_output_folder_that_cannot_be_made_is_a_clear_error(tmp_path, tiny_csv, capsys):
+    (tmp_path / "file").touch()
+    flags = command_flags(tmp_path / "file" / "below", tiny_csv, batch_size=32)
+    assert fine_tune_model.main(flags) == 1
+    assert f"error: cannot write {tmp_path / 'file' / 'below'}" in capsys.readouterr().err
+
+
+def test_command_exits_with_1_for_a_bad_setting_and_2_for_bad_usage(tmp_path, tiny_csv):
+    command = [sys.executable, str(ROOT / "fine_tune_model.py")]
+    flags = command_flags(tmp_path, tiny_csv, rank=0)
+    bad = subprocess.run([*command, *flags], capture_output=True, text=True)
+    assert (bad.returncode, bad.stdout) == (1, "")
+    assert bad.stderr == "error: --rank must be above 0, got 0\n"
+    assert subprocess.run([*command, "--rank=many"], capture_output=True).returncode == 2
+
+
+@pytest.mark.parametrize("share", [0.5, 1.5], ids=["adapter", "optimizer"])
+def test_disk_full_at_a_checkpoint_keeps_the_old_result(tmp_path, tiny_csv, capsys, share):
+    """The limit on a file's size makes the real writers fail: below the adapter's, then above it
+    and below the optimizer's, which holds two numbers a weight."""
+    train(tmp_path, tiny_csv, batch_size=32)
+    before = all_files(tmp_path)
+    size = len(before["fine_tuned_sentiment_model/adapter_model.safetensors"])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * size), hard))
+    try:
+        code = fine_tune_model.main(command_flags(tmp_path, tiny_csv, batch_size=32, train_seed=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 1
+    error = capsys.readouterr().err
+    assert f"error: cannot write {tmp_path / 'checkpoints'}" in error
+    assert "free space or rights?" in error
+    left = all_files(tmp_path)
+    assert {name: left[name] for name in before} == before
+    assert not [p for p in tmp_path.rglob("*") if "partial" in p.name]
+
+
+def test_disk_full_at_the_result_keeps_the_old_one_and_the_training(
+    tmp_path, tiny_csv, capsys, monkeypatch
+):
+    train(tmp_path, tiny_csv, batch_size=32)
+    before = all_files(tmp_path)
+    flags = command_flags(tmp_path, tiny_csv, batch_size=32, train_seed=1)
+
+    def full(source, target):
+        raise OSError(28, "No space left on device", str(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fine_tune_model.shutil, "copyfile", full)
+        assert fine_tune_model.main(flags) == 1
+    result_folder = tmp_path / "fine_tuned_sentiment_model"
+    assert f"error: cannot write {result_folder}: No space left" in capsys.readouterr().err
+    left = all_files(tmp_path)
+    assert {name: left[name] for name in before} == before
+    assert not [p for p in tmp_path.rglob("*") if "partial" in p.name]
+    assert fine_tune_model.main(flags) == 0
+    assert "continuing after step" in capsys.readouterr().err
+    assert result(tmp_path, "manifest.json") != json.loads(
+        before["fine_tuned_sentiment_model/manifest.json"]
+    )
+
+
+def test_validation_does_not_change_the_gradients_of_four_bit_training():
+    """bitsandbytes repacks 4-bit weights on a CPU for inference, where gradients then stop."""
+    pytest.importorskip("bitsandbytes")
+    classifier = TransformerLogprobsClassifier(replace(MODEL, quantization="4bit"))
+    training = TrainingSettings(rank=4, dropout=0.0).for_model(7e6)
+    classifier.model = fine_tune_model.add_adapter(classifier, training)
+    rows = AnswerBatches(classifier.encoder, EXAMPLES, batch_size=8, seed=0).rows
+
+    def gradients():
+        classifier.model.train()
+        classifier.model.zero_grad()
+        answer_loss(classifier.model, rows, classifier.device).backward()
+        named = classifier.model.named_parameters()
+        return {name: p.grad.clone() for name, p in named if p.requires_grad}
+
+    before = gradients()
+    classifier.model.eval()
+    classifier.classify_batch([e.text for e in EXAMPLES])
+    after = gradients()
+    for name, gradient in before.items():
+        assert (after[name] - gradient).abs().max() <= 1e-6 + 1e-3 * gradient.abs().max(), name
+        assert "lora_B" not in name or gradient.abs().max() > 0, name
+
+
+def test_four_bit_training_runs_on_a_cpu(tmp_path, tiny_csv):
+    pytest.importorskip("bitsandbytes")
+    model = replace(MODEL, quantization="4bit")
+    assert train(tmp_path, tiny_csv, model=model, batch_size=16) == "trained"
+    history = result(tmp_path, "training_metrics.json")["history"]
+    assert all(math.isfinite(h["validation_loss"]) for h in history)
+    assert any(float(w.abs().max()) > 0 for n, w in adapter_weights(tmp_path).items() if "_B" in n)

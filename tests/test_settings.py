@@ -1,0 +1,306 @@
+"""Tasks, fingerprints, presets, and settings that travel between flags and dataclasses."""
+
+import argparse
+import hashlib
+import json
+from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from settings import (
+    CACHE_DIR,
+    EMBEDDED_MODEL_DIR,
+    FINE_TUNED_DIR,
+    IMAGES_DIR,
+    MODEL_PRESETS,
+    ROOT,
+    SENTIMENT,
+    DataSettings,
+    EvaluationSettings,
+    Label,
+    ModelSettings,
+    OutputSettings,
+    Task,
+    TaskSettings,
+    TrainingSettings,
+    UserError,
+    add_arguments,
+    case_variants,
+    fingerprint,
+    first_type,
+    from_arguments,
+    resolve_model,
+    settings_table,
+)
+
+CLASSES = (
+    TaskSettings,
+    ModelSettings,
+    DataSettings,
+    TrainingSettings,
+    EvaluationSettings,
+    OutputSettings,
+)
+SPAM = Task("spam", "Is this spam?", (Label("spam", ("yes",)), Label("ham", ("no",))))
+
+
+# Tasks
+
+
+def test_the_default_task_is_sentiment_with_positive_first():
+    assert SENTIMENT.label_names == ("positive", "negative")
+    assert [label.words for label in SENTIMENT.labels] == [
+        ("Yes", "yes", "YES"),
+        ("No", "no", "NO"),
+    ]
+
+
+def test_the_prompt_is_the_question_and_then_the_text_as_it_is():
+    message = SENTIMENT.user_message("  {text} 100 % ")
+    assert message == f"{SENTIMENT.question}\n\nText:   {{text}} 100 % "
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("", ("yes",)), ("spam", ()), ("spam", ("yes", "")), ("spam", ("yes", " "))]
+)
+def test_a_label_needs_a_name_and_words(name, words):
+    with pytest.raises(UserError, match="needs a name and at least one answer word"):
+        Label(name, words)
+
+
+@pytest.mark.parametrize(
+    ("question", "labels", "message"),
+    [
+        (" ", SPAM.labels, "empty question"),
+        ("Is it?", (), "0 label, at least 2"),
+        ("Is it?", SPAM.labels[:1], "1 label, at least 2"),
+        ("Is it?", (Label("a", ("x",)), Label("a", ("y",))), "names the label 'a' twice"),
+        ("Is it?", (SPAM.labels[0], SPAM.labels[0]), "names the label 'spam' twice"),
+        (
+            "Is it?",
+            (Label("a", ("x", "y")), Label("b", ("z",)), Label("c", ("y",))),
+            "'y' belongs to both 'a' and 'c'",
+        ),
+    ],
+)
+def test_a_task_that_cannot_be_asked_is_refused(question, labels, message):
+    with pytest.raises(UserError, match=message):
+        Task("odd", question, labels)
+
+
+def test_a_task_survives_json():
+    for task in (SENTIMENT, SPAM):
+        assert Task.from_json(json.loads(json.dumps(task.to_json()))) == task
+
+
+def test_lists_become_tuples_so_that_a_task_can_be_a_key():
+    task = Task("spam", "Is this spam?", [Label("spam", ["yes"]), Label("ham", ["no"])])
+    assert task == SPAM and hash(task) == hash(SPAM)
+
+
+def test_tasks_and_settings_are_frozen():
+    with pytest.raises(FrozenInstanceError):
+        SENTIMENT.question = "Is it negative?"
+    with pytest.raises(FrozenInstanceError):
+        ModelSettings().model = "qwen2.5-0.5b"
+
+
+@pytest.mark.parametrize(
+    ("word", "variants"),
+    [
+        ("yes", ("Yes", "yes", "YES")),
+        ("NO", ("No", "no", "NO")),
+        ("A", ("A", "a")),
+        ("7", ("7",)),
+        ("喜", ("喜",)),
+        ("très bien", ("Très bien", "très bien", "TRÈS BIEN")),
+    ],
+)
+def test_case_variants_are_distinct_and_capitalised_first(word, variants):
+    assert case_variants(word) == variants
+
+
+# A task from flags
+
+
+def test_without_flags_the_task_is_sentiment():
+    assert TaskSettings().task() is SENTIMENT
+
+
+def test_labels_are_read_with_their_words():
+    task = TaskSettings("Is this spam?", " spam = yes , ham=no,unsure", "mail").task()
+    assert (task.name, task.question) == ("mail", "Is this spam?")
+    assert {label.name: label.words for label in task.labels} == {
+        "spam": ("Yes", "yes", "YES"),
+        "ham": ("No", "no", "NO"),
+        "unsure": ("Unsure", "unsure", "UNSURE"),
+    }
+    assert TaskSettings("Is this spam?", "spam=yes,ham=no").task().name == "custom"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"question": "Is this spam?"}, "both --question and --labels"),
+        ({"labels": "spam=yes,ham=no"}, "both --question and --labels"),
+        ({"question": "Is it?", "labels": ""}, "empty label name"),
+        ({"question": "Is it?", "labels": "spam=yes,"}, "empty label name"),
+        ({"question": "Is it?", "labels": "spam=yes,=no"}, "empty label name"),
+        ({"question": "Is it?", "labels": "spam=yes"}, "at least 2"),
+        ({"question": "Is it?", "labels": "spam,spam"}, "names the label 'spam' twice"),
+        ({"question": "Is it?", "labels": "spam=yes,ham=YES"}, "belongs to both 'spam' and 'ham'"),
+        ({"question": "  ", "labels": "spam=yes,ham=no"}, "empty question"),
+    ],
+)
+def test_task_flags_that_make_no_task_are_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        TaskSettings(**flags).task()
+
+
+# Flags
+
+
+def parsed(cls, *arguments):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, cls)
+    return from_arguments(cls, parser.parse_args(arguments))
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=settings_table)
+def test_no_flags_give_the_defaults(cls):
+    assert parsed(cls) == cls()
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=settings_table)
+def test_every_field_has_a_flag_of_its_type(cls):
+    values = {int: 7, float: 0.125, str: "some=thing, else"}
+    wanted = cls(**{f.name: values[first_type(f.type)] for f in fields(cls)})
+    arguments = [f"--{f.name.replace('_', '-')}={getattr(wanted, f.name)}" for f in fields(cls)]
+    assert parsed(cls, *arguments) == wanted != cls()
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=settings_table)
+def test_defaults_have_the_type_of_their_field(cls):
+    for f in fields(cls):
+        optional = f.default is None and f.type == first_type(f.type) | None
+        assert optional or type(f.default) is f.type, f.name
+
+
+def test_one_command_can_take_all_settings_and_says_what_they_are(capsys):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, *CLASSES)
+    assert [from_arguments(cls, parser.parse_args([])) for cls in CLASSES] == [c() for c in CLASSES]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for cls in CLASSES:
+        assert f"{settings_table(cls)}:" in shown
+        for f in fields(cls):
+            assert f"--{f.name.replace('_', '-')} {f.name.upper()}" in shown
+            assert f.default is None or f"(default: {f.default})" in shown
+
+
+def test_a_flag_of_the_wrong_type_is_bad_usage(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parsed(EvaluationSettings, "--bins", "many")
+    assert stopped.value.code == 2
+    assert "--bins: invalid int value: 'many'" in capsys.readouterr().err
+
+
+# Fingerprints
+
+
+def test_a_fingerprint_stays_the_same_for_ever():
+    # Caches and calibrators on disk carry fingerprints: another value would disown all of them.
+    assert fingerprint({"model": "embedded", "é": [1, 2.5, None, True]}) == "bc4cec4300940528"
+    expected = hashlib.sha256('{"b":[1],"é":"x"}'.encode()).hexdigest()[:16]
+    assert fingerprint({"é": "x", "b": (1,)}) == expected
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(st.characters(codec="utf-8")),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abé"), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@hypothesis_settings(deadline=None)
+@given(JSON, JSON)
+def test_fingerprints_differ_exactly_where_the_values_do(a, b):
+    same = json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+    assert (fingerprint(a) == fingerprint(b)) is same
+
+
+def test_fingerprints_ignore_the_order_of_keys_and_see_every_field():
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert fingerprint([1, 2]) != fingerprint([2, 1])
+    print_of_sentiment = fingerprint(SENTIMENT.to_json())
+    first, second = SENTIMENT.labels
+    for other in (
+        replace(SENTIMENT, name="tone"),
+        replace(SENTIMENT, question=SENTIMENT.question + " "),
+        replace(SENTIMENT, labels=(second, first)),
+        replace(SENTIMENT, labels=(replace(first, words=first.words[:2]), second)),
+    ):
+        assert fingerprint(other.to_json()) != print_of_sentiment
+
+
+# Models, training, output
+
+
+def test_presets_resolve_and_other_names_stay_as_they_are():
+    assert Path(resolve_model("embedded")) == EMBEDDED_MODEL_DIR
+    assert resolve_model("llama-3.1-8b") == "meta-llama/Llama-3.1-8B-Instruct"
+    for name in ("someone/some-model", "./folder", "Embedded"):
+        assert resolve_model(name) == name
+    assert all("/" in model for model in MODEL_PRESETS.values())
+
+
+@pytest.mark.parametrize(
+    ("parameters", "learning_rate", "batch_size", "accumulation", "target_modules"),
+    [
+        (7_000_000, 1e-3, 32, 1, "all-linear+embeddings"),
+        (999_999_999, 1e-3, 32, 1, "all-linear+embeddings"),
+        (10**9, 2e-4, 4, 4, "all-linear"),
+        (8e9, 2e-4, 4, 4, "all-linear"),
+    ],
+)
+def test_training_settings_left_open_follow_the_size_of_the_model(
+    parameters, learning_rate, batch_size, accumulation, target_modules
+):
+    filled = TrainingSettings().for_model(parameters)
+    assert filled == replace(
+        TrainingSettings(),
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        target_modules=target_modules,
+    )
+
+
+def test_training_settings_that_were_given_stay():
+    given = TrainingSettings(
+        learning_rate=1e-5, batch_size=3, accumulation=2, epochs=9, target_modules="q_proj"
+    )
+    assert given.for_model(1e6) == given.for_model(1e10) == given
+    assert TrainingSettings(batch_size=3).for_model(1e10).learning_rate == 2e-4
+
+
+def test_results_go_below_one_folder_the_project_by_default(tmp_path):
+    default = OutputSettings()
+    assert (default.folder, default.fine_tuned, default.cache, default.images) == (
+        ROOT,
+        FINE_TUNED_DIR,
+        CACHE_DIR,
+        IMAGES_DIR,
+    )
+    own = OutputSettings(str(tmp_path))
+    assert [p.relative_to(tmp_path) for p in (own.fine_tuned, own.cache, own.images)] == [
+        Path("fine_tuned_sentiment_model"),
+        Path("evaluation_cache"),
+        Path("images"),
+    ]
