@@ -71,8 +71,9 @@ class EmbeddedTraining:
     plain_text_rows: int = 8
     word_dropout: float = 0.1  # of the words, in half of the short labelled texts
     answer_weight: float = 3.0  # of the answer loss beside the plain-text loss
-    negated_from: float = 0.3  # share of the steps before negated questions join: from the start
-    # they cancel the signal of the others and nothing is learned for a long time (see the card)
+    # Share of the steps before negated questions join: from the start they cancel the signal of
+    # the others, and nothing is learned for a long time.
+    negated_from: float = 0.3
     seed: int = 7
     checkpoint_every: int = 200
 
@@ -661,8 +662,8 @@ Raw continuations (greedy, repetition penalty 1.2):
 
 Reviews with a positive or negative label, asked about in {len(question_tasks())} wordings, negated
 ones among them (those join after {config["negated_from"]:.0%} of the steps; present from the start
-they cancelled the others' signal and 600 steps taught nothing), plus plain review text and
-19th-century novels with a next-token loss. Rows of the SST-2 development set and of the IMDB test
+they cancel the others' signal), plus plain review text and 19th-century novels with a next-token
+loss. Rows of the SST-2 development set and of the IMDB test
 slice were removed first. `dataset/` was never read.
 
 | labelled source | share of the draws | rows |
