@@ -12,6 +12,7 @@ import argparse
 import re
 import subprocess
 import sys
+from statistics import mean
 
 from calibration_metrics import wilson_interval
 from records import atomic_path, load_results, read_json
@@ -61,14 +62,18 @@ def finetuning_block():
     base, tuned = metrics["base"], metrics["finetuned"]
     gain = 100 * (tuned["raw"]["accuracy"]["estimate"] - base["raw"]["accuracy"]["estimate"])
     accuracy = category_accuracy(CACHE_DIR, list(metrics))
-    neutral = [
-        f"{name.replace('_', ' ')} from {percent(accuracy['base'][name])} to {percent(value)}"
-        for name, value in accuracy["finetuned"].items()
-        if name.startswith("neutral")
-    ]
+    kinds = dict.fromkeys(category.partition("_")[0] for category in accuracy["base"])
+    lines = ["| kind of text, both labels | base model | fine-tuned |", "| --- | ---: | ---: |"]
+    for kind in kinds:
+        means = [
+            percent(mean(v for c, v in accuracy[m].items() if c.startswith(f"{kind}_")))
+            for m in ("base", "finetuned")
+        ]
+        lines.append(f"| {kind}, accuracy | {' | '.join(means)} |")
     return (
-        f"Accuracy on the test rows changes by {gain:+.1f} points, {' and '.join(neutral)}.\n"
-        f"Log-loss after Platt scaling: {with_interval(base['platt']['log_loss'])} before,\n"
+        f"Accuracy on the test rows changes by {gain:+.1f} points; by kind of text:\n\n"
+        + "\n".join(lines)
+        + f"\n\nLog-loss after Platt scaling: {with_interval(base['platt']['log_loss'])} before,\n"
         f"{with_interval(tuned['platt']['log_loss'])} after."
     )
 
