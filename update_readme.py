@@ -49,7 +49,7 @@ def calibration_block():
         f"The base model says it is {percent(raw['mean_confidence']['estimate'])} sure on average\n"
         f"and is right in {percent(raw['accuracy']['estimate'])} of the cases. Of the "
         f"{int(sure.sum())} test rows on which it claims\nat least 90 %, "
-        f"{percent(test['correct'][sure].mean())} are right (95 % interval {100 * low:.1f} to "
+        f"{percent(test['correct'][sure].mean())} are right (95 % Wilson interval {100 * low:.1f} to "
         f"{100 * high:.1f}). Its expected\ncalibration error (ECE, 20 bins) is "
         f"{with_interval(raw['ece'])}, where a perfectly\ncalibrated model would show "
         f"{raw['ece']['null_mean']:.3f}; after Platt scaling it is\n"
