@@ -636,7 +636,8 @@ cores without a download. It answers yes/no questions about the sentiment of Eng
 
 Made by `python train_embedded_model.py`: {config["steps"]:,} steps, seed {config["seed"]},
 about {run["seconds"] / 60:.0f} minutes on {run["processes"]} CPU core(s). Every number below was
-measured by `python train_embedded_model.py --data-root DIR --card-only` on texts that training never saw.
+measured by `python train_embedded_model.py --data-root DIR --card-only` on texts that training
+never saw.
 
 ## Measured
 
