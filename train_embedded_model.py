@@ -7,7 +7,9 @@
 
 Every step of a process adds the gradients of one batch of plain text (next-token loss) and one
 batch of questions about labelled reviews (loss on the answer token after the chat prompt).
-Questions come in several wordings, negated ones among them. Batches are a pure function of (seed,
+Questions come in several wordings, negated ones among them; sentences of news, which hold no
+opinion, are answered either way at random, so that the model does not take sides on plain facts.
+Batches are a pure function of (seed,
 step, rank), so a run that was interrupted continues from its last checkpoint as if nothing had
 happened. The texts of `dataset/` are never read, and neither are the SST-2 development set and the
 IMDB test reviews but for the card. Needs a C++ compiler for torch.compile.
@@ -63,12 +65,13 @@ class EmbeddedTraining:
     heads: int = 4
     feed_forward: int = 704
     context: int = 512
-    steps: int = 3000
-    learning_rate: float = 1.5e-3
+    steps: int = 2600
+    learning_rate: float = 4e-3  # AdamW: embedding and norms
+    matrix_learning_rate: float = 4e-3  # Muon: the matrices of the layers
     warmup_steps: int = 150
     weight_decay: float = 0.05
     plain_text_tokens: int = 256  # length of a plain-text sequence
-    plain_text_rows: int = 8
+    plain_text_rows: int = 12
     word_dropout: float = 0.1  # of the words, in half of the short labelled texts
     answer_weight: float = 3.0  # of the answer loss beside the plain-text loss
     # Share of the steps before negated questions join: from the start they cancel the signal of
@@ -87,6 +90,7 @@ class Source:
     weight: float
     tokenised_lowercase: bool  # written as "it 's fine ." in the source
     max_rows: int = 200_000
+    opinion: bool = True  # False: plain facts, sentence by sentence, answered at random
 
 
 SOURCES = (
@@ -117,6 +121,14 @@ SOURCES = (
         0.06,
         False,
         5_000,
+    ),
+    Source(
+        "ag_news/part_a.jsonl.gz",
+        ("fancyzhx/ag_news", "test", "text"),
+        0.08,
+        False,
+        2_000,
+        opinion=False,
     ),
 )
 PLAIN_TEXT = (  # below --data-root: file, share of the plain-text tokens
@@ -217,14 +229,21 @@ def read_plain_text(data_root, name):
     return [text for text, _ in read_rows(None, name, PLAIN_TEXT_HUB)]
 
 
+def sentences_of(text):
+    return re.split(r"(?<=[.!?])\s+", text.strip())
+
+
 def closing_sentences(text, rng):
     """The last one to three sentences of a review: where its verdict usually stands."""
-    sentences = re.split(r"(?<=[.!?])\s+", text.strip())
+    sentences = sentences_of(text)
     return " ".join(sentences[-int(rng.integers(1, 4)) :])
 
 
 def load_corpus(data_root, seed):
-    """Labelled texts per source, plain texts per file; nothing that is in a held-out set."""
+    """Texts per source, plain texts per file; nothing that is in a held-out set.
+
+    A labelled text is (text, is_positive), or (text, None) where it holds no opinion.
+    """
     import numpy as np
 
     held_out = set()
@@ -235,7 +254,9 @@ def load_corpus(data_root, seed):
     for source in SOURCES:
         rows = read_rows(data_root, source.folder_file, source.hub, source.max_rows)
         rows = [(t, p) for t, p in rows if normalised(t) and normalised(t) not in held_out]
-        if source.tokenised_lowercase:  # half of them as a person would write them
+        if not source.opinion:
+            rows = [(s, None) for t, _ in rows for s in sentences_of(t) if len(s.split()) > 3]
+        elif source.tokenised_lowercase:  # half of them as a person would write them
             rows = [(rejoin(t) if rng.random() < 0.5 else t, p) for t, p in rows]
         else:  # whole reviews and, as texts of their own, their last sentences
             rows += [(closing_sentences(t, rng), p) for t, p in rows]
@@ -376,7 +397,10 @@ class TrainingBatches:
             if self.short[i] and rng.random() < 0.5:
                 kept = ids[rng.random(len(ids)) >= self.config.word_dropout]
                 ids = kept if len(kept) else ids
-            words = self.answers[task][0 if self.positive[i] else 1]
+            positive = self.positive[i]
+            if positive is None:
+                positive = rng.random() < 0.5
+            words = self.answers[task][0 if positive else 1]
             rows.append((ids.tolist() + self.suffix, words[rng.choice(3, p=ANSWER_CASE_WEIGHTS)]))
         width = math.ceil((max(len(ids) for ids, _ in rows) + 1) / 8) * 8
         tails = torch.full((len(rows), width), self.pad)
@@ -432,11 +456,41 @@ def build_model(tokenizer, config):
     return model
 
 
-def learning_rate_at(step, config):
+def learning_rate_share(step, config):
+    """Of the peak learning rate: linear warm-up, then a cosine down to 2 %."""
     if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
+        return (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def build_optimizers(model, config):
+    """Muon for the matrices of the layers, AdamW for the embedding and the norms."""
+    import torch
+
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.model.layers.parameters() if p.ndim != 2]
+    others += list(model.model.norm.parameters())
+    embedding = list(model.model.embed_tokens.parameters())
+    muon = torch.optim.Muon(
+        matrices,
+        lr=config.matrix_learning_rate,
+        weight_decay=config.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    adamw = torch.optim.AdamW(
+        [
+            {"params": embedding, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    for optimizer in (muon, adamw):
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return muon, adamw
 
 
 def losses(model):
@@ -474,24 +528,15 @@ def train(model, batches, config, checkpoint):
     accelerator = Accelerator(cpu=True)
     rank, world = accelerator.process_index, accelerator.num_processes
     model.set_attn_implementation("eager")  # the CPU's fused attention is slow backwards
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    other = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decay, "weight_decay": config.weight_decay},
-            {"params": other, "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
+    optimizers = build_optimizers(model, config)
     step, earlier = 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         if state["config"] != asdict(config):
             raise UserError(f"{checkpoint} belongs to other settings; remove it to start again")
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         step, earlier = state["step"], state["seconds"]
         accelerator.print(f"resuming at step {step}", file=sys.stderr)
     answer_loss, text_loss = losses(model)
@@ -502,8 +547,8 @@ def train(model, batches, config, checkpoint):
         return earlier + time.perf_counter() - started
 
     while step < config.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config)
+        for group in (g for optimizer in optimizers for g in optimizer.param_groups):
+            group["lr"] = group["peak_lr"] * learning_rate_share(step, config)
         with torch.autocast("cpu", torch.bfloat16):
             answer, end = answer_loss(*batches.questions(step, rank), batches.eot)
         (config.answer_weight * (answer + 0.1 * end)).backward()
@@ -518,8 +563,9 @@ def train(model, batches, config, checkpoint):
             ):
                 p.grad.copy_(part.view_as(p))
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         step += 1
         for i, value in enumerate((answer, text)):
             averages[i] += (value.item() - averages[i]) / min(50, step - first)
@@ -537,7 +583,8 @@ def train(model, batches, config, checkpoint):
         ):
             partial = checkpoint.with_suffix(".partial")
             state = {"config": asdict(config), "step": step, "seconds": seconds()}
-            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state["model"] = model.state_dict()
+            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             torch.save(state, partial)
             os.replace(partial, checkpoint)
     accelerator.wait_for_everyone()
@@ -664,10 +711,11 @@ Raw continuations (greedy, repetition penalty 1.2):
 Reviews with a positive or negative label, asked about in {len(question_tasks())} wordings, negated
 ones among them (those join after {config["negated_from"]:.0%} of the steps; present from the start
 they cancel the others' signal), plus plain review text and 19th-century novels with a next-token
-loss. Rows of the SST-2 development set and of the IMDB test
+loss. Sentences of news (ag_news, without their topics) stand for texts without an opinion: they are
+answered yes and no at random, equally often. Rows of the SST-2 development set and of the IMDB test
 slice were removed first. `dataset/` was never read.
 
-| labelled source | share of the draws | rows |
+| source | share of the draws | texts |
 | --- | ---: | ---: |
 {sources}
 

@@ -7,10 +7,11 @@ import pytest
 
 from settings import EMBEDDED_MODEL_DIR, ROOT, SENTIMENT, UserError
 from train_embedded_model import (
+    SOURCES,
     EmbeddedTraining,
     TrainingBatches,
     closing_sentences,
-    learning_rate_at,
+    learning_rate_share,
     main,
     normalised,
     question_tasks,
@@ -48,7 +49,7 @@ def test_questions_hold_negated_ones_and_the_default_task():
 
 def test_learning_rate_rises_then_falls():
     config = EmbeddedTraining(steps=1000, warmup_steps=100)
-    rates = [learning_rate_at(step, config) for step in range(1000)]
+    rates = [learning_rate_share(step, config) for step in range(1000)]
     assert np.argmax(rates) in (99, 100) and rates[-1] < 0.03 * max(rates)
 
 
@@ -56,7 +57,7 @@ def test_batches_are_a_pure_function_of_seed_step_and_rank():
     from transformers import AutoTokenizer
 
     texts = [f"review number {i} " + "good " * (i % 90) for i in range(400)]
-    labelled = [[(t, i % 2 == 0) for i, t in enumerate(texts)] for _ in range(6)]
+    labelled = [[(t, i % 2 == 0) for i, t in enumerate(texts)] for _ in SOURCES]
     plain = {
         "lm_text/imdb_unsup.txt.gz": texts,
         "lm_text/gutenberg_novels.txt.gz": [],
@@ -76,6 +77,31 @@ def test_batches_are_a_pure_function_of_seed_step_and_rank():
     for row, position, answer in zip(tails, last, answers, strict=True):
         assert int(row[position + 1]) == int(answer)
     assert prefix.shape[0] == 1
+
+
+def test_news_is_answered_either_way():
+    """A text without an opinion draws both answers; one with an opinion always the same."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL_DIR)
+    labelled = [
+        [
+            (f"Source {number}: " + "good " * n, True if source.opinion else None)
+            for n in (9, 60, 200)
+        ]
+        for number, source in enumerate(SOURCES)
+    ]
+    plain = {"lm_text/imdb_unsup.txt.gz": ["text " * 400], "lm_text/gutenberg_novels.txt.gz": []}
+    config = EmbeddedTraining(steps=10, word_dropout=0.0, negated_from=1.0)
+    batches = TrainingBatches(tokenizer, labelled, plain | {"labelled": []}, config)
+    drawn = {True: set(), False: set()}
+    for step in range(10):
+        _, tails, _, answers = batches.questions(step, 0)
+        positive = {i for task in batches.answers for i in task[0]}
+        for row, answer in zip(tails.tolist(), answers.tolist(), strict=True):
+            has_opinion = f"Source {len(SOURCES) - 1}:" not in tokenizer.decode(row)
+            drawn[has_opinion].add(answer in positive)
+    assert drawn == {True: {True}, False: {True, False}}
 
 
 def test_missing_data_is_one_clear_error(tmp_path, capsys):
