@@ -81,7 +81,7 @@ def fill(frame, slots, rng):
     text = re.sub(r"\s+", " ", text).strip()
     if re.search(r"[\[\]{}]", text):
         raise ValueError(f"unbalanced brackets in frame: {frame}")
-    return re.sub(r"(^|[.!?][\"”]? )([\"“]?)([a-z])", lambda m: m[1] + m[2] + m[3].upper(), text)
+    return re.sub(r"(^|[.!?] |\.[\"”] )([\"“]?)([a-z])", lambda m: m[1] + m[2] + m[3].upper(), text)
 
 
 def generate_category(category, lexicon, taken):
