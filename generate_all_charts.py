@@ -11,10 +11,9 @@ on the same cache has nothing to do. Exit codes: 0 done, 1 failed, 2 bad usage.
 import argparse
 import sys
 import time
-from pathlib import Path
 
 from records import read_json, write_json
-from settings import CACHE_DIR, IMAGES_DIR, UserError
+from settings import UserError, add_cache_arguments
 
 NEEDS = {"finetuned": "a fine-tuned model", "history": "a training history"}
 
@@ -24,20 +23,7 @@ def parse_arguments(arguments=None):
         description="Draw the charts of an evaluation cache.",
         epilog="Exit codes: 0 done, 1 failed, 2 bad usage.",
     )
-    parser.add_argument(
-        "--cache-dir",
-        type=Path,
-        default=CACHE_DIR,
-        metavar="FOLDER",
-        help=f"folder of the evaluation (default: {CACHE_DIR.name}/ beside this script)",
-    )
-    parser.add_argument(
-        "--images-dir",
-        type=Path,
-        default=IMAGES_DIR,
-        metavar="FOLDER",
-        help=f"folder the charts go to (default: {IMAGES_DIR.name}/ beside this script)",
-    )
+    add_cache_arguments(parser)
     parser.add_argument(
         "--force", action="store_true", help="draw again even if the charts are up to date"
     )

@@ -22,6 +22,18 @@ def with_interval(metric: dict, scale: float = 1.0, digits: int = 3) -> str:
     return f"{value} [{low}, {high}]"
 
 
+def text_table(header: list[str], rows: list[list[str]]) -> str:
+    """Aligned columns, the first to the left and the others to the right, under a rule."""
+    table = [header, *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+
+    def line(row):
+        cells = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
+
+
 def metrics_by_model(cache_dir: Path) -> dict:
     """{model: {method: metrics}} of calibrated_results.json. Raises UserError if it is damaged."""
     models = read_json(Path(cache_dir) / "calibrated_results.json", NEXT_STEP)["models"]

@@ -21,7 +21,7 @@ import tomllib
 from dataclasses import fields
 from pathlib import Path
 
-from report import summary_rows
+from report import summary_rows, text_table
 from settings import (
     ROOT,
     DataSettings,
@@ -155,9 +155,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
         return 1
-    width = max(len(title) for title, _ in rows)
-    for title, values in rows:
-        print(f"{title:<{width}}  " + "  ".join(f"{v:>24}" for v in values))
+    header, *body = ([title, *values] for title, values in rows)
+    print(text_table(header, body))
     print("\nseconds: " + ", ".join(f"{title} {seconds:.0f}" for title, seconds in times))
     print(f"results: {output.cache}" + ("" if arguments.skip_images else f", {output.images}"))
     return 0

@@ -290,3 +290,18 @@ def add_arguments(parser, *classes):
 def from_arguments(cls, arguments):
     """The settings object of class `cls` out of parsed arguments."""
     return cls(**{f.name: getattr(arguments, f.name) for f in fields(cls)})
+
+
+def add_cache_arguments(parser):
+    """--cache-dir and --images-dir, for the scripts that read a finished evaluation."""
+    for flag, folder, use in (
+        ("--cache-dir", CACHE_DIR, "of the evaluation"),
+        ("--images-dir", IMAGES_DIR, "the charts go to"),
+    ):
+        parser.add_argument(
+            flag,
+            type=Path,
+            default=folder,
+            metavar="FOLDER",
+            help=f"folder {use} (default: {folder.name}/ beside this script)",
+        )
