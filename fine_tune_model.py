@@ -22,7 +22,7 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from records import read_json, versions, write_json
@@ -443,6 +443,23 @@ def is_up_to_date(folder, run_print):
     return read_json(folder / "manifest.json", NEXT_STEP).get("fingerprint") == run_print
 
 
+def training_dtype(dtype, device):
+    """The dtype setting of a training: never float16, in which small gradients vanish.
+
+    "auto" stays what `choose_dtype` makes of it, but float16 becomes float32. Raises UserError for
+    float16 asked for by name.
+    """
+    import torch
+
+    from logprobs_confidence import choose_dtype
+
+    if choose_dtype(dtype, device) != torch.float16:
+        return dtype
+    if dtype != "auto":
+        raise UserError("float16 loses small gradients; train with --dtype bfloat16 or float32")
+    return "float32"
+
+
 def fine_tune(task, model, data, training, output, force=False):
     """Run the stage. Returns "trained" or "up to date". Raises UserError."""
     from dataset_loader import data_fingerprint, load_splits
@@ -463,7 +480,9 @@ def fine_tune(task, model, data, training, output, force=False):
     from accelerate import Accelerator
 
     started = time.perf_counter()
-    accelerator = Accelerator(cpu=choose_device(model.device) == "cpu")  # one device a process
+    device = choose_device(model.device)
+    accelerator = Accelerator(cpu=device == "cpu")  # one device a process
+    model = replace(model, dtype=training_dtype(model.dtype, device))
     splits = {s: [e for e in examples if e.split == s] for s in ("train", "validation")}
     held_out = [e for e in examples if e.split in ("calibration", "test")]
     classifier = TransformerLogprobsClassifier(model, task=task)

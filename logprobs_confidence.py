@@ -156,7 +156,10 @@ class PromptEncoder:
             return self._separate(texts)
         for text in texts:
             if match := self.special.search(text):
-                raise UserError(f"the text contains {match[0]!r}, a control token of this model")
+                raise UserError(
+                    f"the text {text[:60]!r} contains {match[0]!r}, a control token of this model; "
+                    "remove it from the text"
+                )
         return [self.start_ids + ids for ids in self._ids([self.prompt(t) for t in texts])]
 
     def prompt(self, text):

@@ -86,6 +86,7 @@ def summary_rows(cache_dir: Path) -> list[tuple[str, list[str]]]:
     add("Platt confidence ≥ 90 %", confident)
     categories = category_accuracy(cache_dir, models)
     for category in categories["base"]:
-        values = [f"{100 * categories[m][category]:.1f}" for m in models]
+        right = [categories[m].get(category) for m in models]
+        values = ["none scored" if r is None else f"{100 * r:.1f}" for r in right]
         rows.append((f"accuracy, {category}, %", values))
     return rows

@@ -18,7 +18,14 @@ import pytest
 
 import fine_tune_model
 from dataset_loader import load_splits
-from fine_tune_model import AnswerBatches, Checkpoint, answer_loss, fine_tune, learning_rate_at
+from fine_tune_model import (
+    AnswerBatches,
+    Checkpoint,
+    answer_loss,
+    fine_tune,
+    learning_rate_at,
+    training_dtype,
+)
 from logprobs_confidence import PromptEncoder, TransformerLogprobsClassifier
 from records import Example, load_held_out
 from settings import (
@@ -31,6 +38,7 @@ from settings import (
     Task,
     TaskSettings,
     TrainingSettings,
+    UserError,
 )
 
 QUESTION = "Does this text name an animal? Answer yes or no."
@@ -136,6 +144,14 @@ def reference(tmp_path_factory, tiny_csv):
 
 
 # What a run leaves.
+
+
+def test_training_never_runs_in_float16():
+    assert training_dtype("auto", "mps") == "float32"
+    assert training_dtype("auto", "cpu") == "auto"
+    assert training_dtype("bfloat16", "mps") == "bfloat16"
+    with pytest.raises(UserError, match="--dtype bfloat16"):
+        training_dtype("float16", "cpu")
 
 
 def test_result_folder_holds_exactly_the_named_files_and_nothing_is_left_beside_it(trained):
