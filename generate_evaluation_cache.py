@@ -339,7 +339,7 @@ def main(argv=None):
     output = from_arguments(OutputSettings, arguments)
     try:
         outcome = generate(
-            from_arguments(TaskSettings, arguments).task(),
+            from_arguments(TaskSettings, arguments).build(),
             from_arguments(ModelSettings, arguments),
             from_arguments(DataSettings, arguments),
             from_arguments(EvaluationSettings, arguments),

@@ -6,11 +6,13 @@ project is stated in this module, once.
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 DATASET_DIR = ROOT / "dataset"
+TASKS_DIR = ROOT / "tasks"
 EMBEDDED_MODEL_DIR = ROOT / "embedded_model"
 FINE_TUNED_DIR = ROOT / "fine_tuned_sentiment_model"
 CACHE_DIR = ROOT / "evaluation_cache"
@@ -68,7 +70,8 @@ class Task:
     """A question about a text and its possible answers; K = len(labels) ≥ 2, in fixed order.
 
     For two labels the first one is the class that `P(...)`, the signed margin and the calibrators
-    speak of: P(positive) for sentiment.
+    speak of: P(positive) for sentiment. A question that contains `{text}` is the whole message;
+    any other is followed by the text.
     """
 
     name: str
@@ -79,6 +82,12 @@ class Task:
         object.__setattr__(self, "labels", tuple(self.labels))
         if not self.question.strip():
             raise UserError(f"task {self.name!r} has an empty question")
+        slots = re.findall(r"\{\w*\}", self.question)
+        if slots not in ([], ["{text}"]):
+            raise UserError(
+                f"the question of task {self.name!r} has {', '.join(slots)}; the one slot it may "
+                "have is {text}, once (without it the text follows the question)"
+            )
         if len(self.labels) < 2:
             raise UserError(
                 f"task {self.name!r} has {len(self.labels)} label, at least 2 are needed"
@@ -99,6 +108,8 @@ class Task:
 
     def user_message(self, text):
         """What the user's turn of the chat says; the prompt is this inside the chat template."""
+        if "{text}" in self.question:
+            return self.question.replace("{text}", text)
         return f"{self.question}\n\nText: {text}"
 
     def to_json(self):
@@ -134,6 +145,9 @@ def setting(default, help, **extra):
 class TaskSettings:
     """The question; without flags it is sentiment."""
 
+    task: str | None = setting(
+        None, "name of a task in tasks/, or a JSON file like those there (default: sentiment)"
+    )
     question: str | None = setting(None, "question put to the model about each text")
     labels: str | None = setting(
         None,
@@ -142,8 +156,14 @@ class TaskSettings:
     )
     task_name: str | None = setting(None, "name of the task in files and charts")
 
-    def task(self):
-        if self.question is None and self.labels is None and self.task_name is None:
+    def build(self):
+        """The `Task` of these settings. Raises UserError for what is no task."""
+        own = (self.question, self.labels, self.task_name)
+        if self.task is not None:
+            if own != (None, None, None):
+                raise UserError("--task brings its own question and labels; leave the flags out")
+            return read_task(self.task)
+        if own == (None, None, None):
             return SENTIMENT
         if self.question is None or self.labels is None:
             raise UserError("a task of your own needs both --question and --labels")
@@ -154,6 +174,51 @@ class TaskSettings:
                 raise UserError(f"--labels {self.labels!r} has an empty label name")
             labels.append(Label(name.strip(), case_variants(word.strip() or name.strip())))
         return Task(self.task_name or "custom", self.question, tuple(labels))
+
+
+def read_task(name):
+    """The task called `name` in tasks/, or of the JSON file `name`.
+
+    The file holds {"name", "question", "labels": [{"name", "words"}]}; without "words" a label is
+    answered with its own name, as in `case_variants`. Raises UserError for anything else.
+    """
+    path = Path(name) if name.endswith(".json") else TASKS_DIR / f"{name}.json"
+    known = ", ".join(sorted(p.stem for p in TASKS_DIR.glob("*.json")))
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"cannot read the task {path}: {error.strerror}; the shipped tasks are: {known}"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    _check_keys(path, "a task", data, required={"name", "question", "labels"})
+    if not isinstance(data["labels"], list):
+        raise UserError(f"{path}: labels must be a list, got {type(data['labels']).__name__}")
+    labels = []
+    for item in data["labels"]:
+        _check_keys(path, "a label", item, required={"name"}, optional={"words"})
+        words = item.get("words", case_variants(str(item["name"])))
+        if not isinstance(words, list | tuple) or not all(isinstance(w, str) for w in words):
+            raise UserError(f"{path}: the words of label {item['name']!r} must be a list of texts")
+        labels.append(Label(item["name"], tuple(words)))
+    return Task(data["name"], data["question"], tuple(labels))
+
+
+def _check_keys(path, what, data, required, optional=frozenset()):
+    """Raises UserError unless `data` is an object with these keys, its name and question texts."""
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: {what} must be an object, got {type(data).__name__}")
+    if missing := required - set(data):
+        raise UserError(f"{path}: {what} has no {min(missing)!r}")
+    if unknown := set(data) - required - set(optional):
+        allowed = ", ".join(sorted(required | set(optional)))
+        raise UserError(
+            f"{path}: {what} has the unknown key {min(unknown)!r}; it may have {allowed}"
+        )
+    for key in {"name", "question"} & set(data):
+        if not isinstance(data[key], str):
+            raise UserError(f"{path}: the {key} of {what} must be text, got {data[key]!r}")
 
 
 @dataclass(frozen=True)

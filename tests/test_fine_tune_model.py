@@ -43,7 +43,7 @@ from settings import (
 
 QUESTION = "Does this text name an animal? Answer yes or no."
 LABELS = "animal=yes,plant=no"
-TASK = TaskSettings(question=QUESTION, labels=LABELS).task()
+TASK = TaskSettings(question=QUESTION, labels=LABELS).build()
 KEYWORDS = {"animal": ("dog", "cat"), "plant": ("tree", "grass"), "metal": ("iron", "gold")}
 FILLER = ["the", "a", "with", "under", "near", "some", "every", "old", "new", "our", "their"]
 FILLER += ["again", "today", "slowly", "quickly", "behind", "before", "after", "while", "two"]

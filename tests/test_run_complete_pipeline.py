@@ -64,7 +64,7 @@ def test_values_of_the_file_are_applied_and_flags_win(tmp_path):
     assert (training.epochs, training.learning_rate, training.dropout) == (3, 1e-3, 0)
     assert training.rank == TrainingSettings().rank
     assert from_arguments(EvaluationSettings, arguments).samples == 11
-    assert from_arguments(TaskSettings, arguments).task().label_names == ("spam", "ham")
+    assert from_arguments(TaskSettings, arguments).build().label_names == ("spam", "ham")
 
 
 def test_no_two_tables_share_the_name_of_a_setting():

@@ -19,6 +19,7 @@ from settings import (
     MODEL_PRESETS,
     ROOT,
     SENTIMENT,
+    TASKS_DIR,
     DataSettings,
     EvaluationSettings,
     Label,
@@ -33,6 +34,7 @@ from settings import (
     fingerprint,
     first_type,
     from_arguments,
+    read_task,
     resolve_model,
     settings_table,
 )
@@ -128,18 +130,18 @@ def test_case_variants_are_distinct_and_capitalised_first(word, variants):
 
 
 def test_without_flags_the_task_is_sentiment():
-    assert TaskSettings().task() is SENTIMENT
+    assert TaskSettings().build() is SENTIMENT
 
 
 def test_labels_are_read_with_their_words():
-    task = TaskSettings("Is this spam?", " spam = yes , ham=no,unsure", "mail").task()
+    task = TaskSettings(None, "Is this spam?", " spam = yes , ham=no,unsure", "mail").build()
     assert (task.name, task.question) == ("mail", "Is this spam?")
     assert {label.name: label.words for label in task.labels} == {
         "spam": ("Yes", "yes", "YES"),
         "ham": ("No", "no", "NO"),
         "unsure": ("Unsure", "unsure", "UNSURE"),
     }
-    assert TaskSettings("Is this spam?", "spam=yes,ham=no").task().name == "custom"
+    assert TaskSettings(None, "Is this spam?", "spam=yes,ham=no").build().name == "custom"
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,76 @@ def test_labels_are_read_with_their_words():
 )
 def test_task_flags_that_make_no_task_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
-        TaskSettings(**flags).task()
+        TaskSettings(**flags).build()
+
+
+# A task from a file
+
+
+def test_every_shipped_task_is_a_task_and_the_default_is_among_them():
+    tasks = {path.stem: read_task(path.stem) for path in TASKS_DIR.glob("*.json")}
+    assert set(tasks) == {
+        "sentiment",
+        "spam",
+        "toxicity",
+        "irony",
+        "news_topic",
+        "financial_sentiment",
+    }
+    assert tasks["sentiment"] == SENTIMENT
+    assert all(task.name == name for name, task in tasks.items())
+    assert len(tasks["news_topic"].labels) == 4
+
+
+def test_a_task_file_needs_no_words(tmp_path):
+    path = tmp_path / "mood.json"
+    labels = [{"name": "happy"}, {"name": "sad", "words": ["Sad", "Unhappy"]}]
+    path.write_text(json.dumps({"name": "mood", "question": "Which mood?", "labels": labels}))
+    task = TaskSettings(task=str(path)).build()
+    assert [label.words for label in task.labels] == [
+        ("Happy", "happy", "HAPPY"),
+        ("Sad", "Unhappy"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": None}, "labels must be a list, got NoneType"),
+        ({"labels": [{"name": "a"}]}, "at least 2 are needed"),
+        ({"labels": ["a", "b"]}, "a label must be an object, got str"),
+        ({"labels": [{"name": "a", "word": "b"}]}, "unknown key 'word'; it may have name, words"),
+        ({"labels": [{"words": ["b"]}]}, "a label has no 'name'"),
+        ({"labels": [{"name": "a", "words": "b"}]}, "must be a list of texts"),
+        ({"prompt": "?"}, "unknown key 'prompt'"),
+        ({"question": 3}, "question of a task must be text, got 3"),
+        ({"question": "Is {it} so?"}, "has {it}; the one slot"),
+        ({"question": "Is {text} {text}?"}, "the one slot it may have"),
+    ],
+)
+def test_a_task_file_that_is_no_task_is_refused_in_one_line(tmp_path, change, message):
+    task = {"name": "t", "question": "Q?", "labels": [{"name": "a"}, {"name": "b"}]}
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps(task | change))
+    with pytest.raises(UserError) as error:
+        read_task(str(path))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_task_names_the_shipped_ones(tmp_path):
+    with pytest.raises(UserError, match="shipped tasks are: financial_sentiment, irony"):
+        read_task("spamm")
+    (tmp_path / "t.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_task(str(tmp_path / "t.json"))
+    with pytest.raises(UserError, match="leave the flags out"):
+        TaskSettings(task="spam", question="Is this spam?").build()
+
+
+def test_a_question_with_a_slot_is_the_whole_message():
+    labels = (Label("a", ("A",)), Label("b", ("B",)))
+    assert Task("t", "Read {text} now.", labels).user_message("a {text}") == "Read a {text} now."
+    assert Task("t", "What?", labels).user_message("x") == "What?\n\nText: x"
 
 
 # Flags
