@@ -6,8 +6,9 @@
     python train_embedded_model.py --data-root DIR --card-only   # measure, rewrite the card
 
 Every step of a process adds the gradients of one batch of plain text (next-token loss) and one
-batch of questions about labelled reviews (loss on the answer token after the chat prompt).
-Questions come in several wordings, negated ones among them; sentences of news, which hold no
+batch of questions about labelled reviews (loss on the answer token after the chat prompt). The main
+phase draws from everything; a short final one, at a quarter of the learning rate, mostly from the
+short sentences. Questions come in several wordings, negated ones among them; sentences of news, which hold no
 opinion, are answered either way at random, so that the model does not take sides on plain facts.
 Batches are a pure function of (seed,
 step, rank), so a run that was interrupted continues from its last checkpoint as if nothing had
@@ -23,7 +24,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from records import read_json, write_json
@@ -77,8 +78,23 @@ class EmbeddedTraining:
     # Share of the steps before negated questions join: from the start they cancel the signal of
     # the others, and nothing is learned for a long time.
     negated_from: float = 0.3
+    final: bool = False  # the draws are those of the final phase
     seed: int = 7
     checkpoint_every: int = 200
+
+    def final_phase(self):
+        """The settings of the final phase."""
+        return replace(
+            self,
+            final=True,
+            steps=max(1, round(self.steps * 2 / 13)),
+            learning_rate=self.learning_rate / 4,
+            matrix_learning_rate=self.matrix_learning_rate / 4,
+            warmup_steps=20,
+            word_dropout=0.2,
+            negated_from=0.0,
+            seed=self.seed + 1,
+        )
 
 
 @dataclass(frozen=True)
@@ -87,31 +103,37 @@ class Source:
 
     folder_file: str  # below --data-root
     hub: tuple[str, str, str]  # repository, split, text column(s) joined by "+"
-    weight: float
+    weight: float  # share of the draws in the main phase
+    final_weight: float
     tokenised_lowercase: bool  # written as "it 's fine ." in the source
     max_rows: int = 200_000
     opinion: bool = True  # False: plain facts, sentence by sentence, answered at random
 
 
 SOURCES = (
-    Source("sst2/train_phrases.jsonl.gz", ("stanfordnlp/sst2", "train", "sentence"), 0.36, True),
+    Source(
+        "sst2/train_phrases.jsonl.gz", ("stanfordnlp/sst2", "train", "sentence"), 0.36, 0.48, True
+    ),
     Source(
         "yelp_sentences/sentences.jsonl.gz",
         ("fancyzhx/yelp_polarity", "train", "text"),
         0.32,
+        0.15,
         True,
     ),
     Source(
         "rotten_tomatoes/all.jsonl.gz",
         ("cornell-movie-review-data/rotten_tomatoes", "train", "text"),
         0.06,
+        0.24,
         True,
     ),
-    Source("imdb/train.jsonl.gz", ("stanfordnlp/imdb", "train", "text"), 0.14, False),
+    Source("imdb/train.jsonl.gz", ("stanfordnlp/imdb", "train", "text"), 0.14, 0.05, False),
     Source(
         "yelp_polarity/part_a.jsonl.gz",
         ("fancyzhx/yelp_polarity", "test", "text"),
         0.06,
+        0.02,
         False,
         5_000,
     ),
@@ -119,6 +141,7 @@ SOURCES = (
         "amazon_polarity/part_a.jsonl.gz",
         ("fancyzhx/amazon_polarity", "test", "title+content"),
         0.06,
+        0.02,
         False,
         5_000,
     ),
@@ -126,6 +149,7 @@ SOURCES = (
         "ag_news/part_a.jsonl.gz",
         ("fancyzhx/ag_news", "test", "text"),
         0.08,
+        0.04,
         False,
         2_000,
         opinion=False,
@@ -361,7 +385,8 @@ class TrainingBatches:
             self.texts += encode(tokenizer, [f" {text.strip()}" for text, _ in rows])
             self.positive += [positive for _, positive in rows]
             self.short += [source.tokenised_lowercase] * len(rows)
-            weight += [source.weight / len(rows)] * len(rows)
+            share = source.final_weight if config.final else source.weight
+            weight += [share / len(rows)] * len(rows)
         lengths = np.array([len(ids) for ids in self.texts])
         weight = np.array(weight)
         self.bounds, lowest = [], 0
@@ -517,15 +542,10 @@ def losses(model):
     return torch.compile(answer_loss, dynamic=True), torch.compile(text_loss)
 
 
-def train(model, batches, config, checkpoint):
-    """Run the steps that are left. Every process calls this.
-
-    Returns {"seconds", "processes"} of the whole training, None in a helper process.
-    """
+def train(accelerator, model, batches, config, checkpoint):
+    """Run the steps of one phase that are left; its seconds. Every process calls this."""
     import torch
-    from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True)
     rank, world = accelerator.process_index, accelerator.num_processes
     model.set_attn_implementation("eager")  # the CPU's fused attention is slow backwards
     optimizers = build_optimizers(model, config)
@@ -588,8 +608,7 @@ def train(model, batches, config, checkpoint):
             torch.save(state, partial)
             os.replace(partial, checkpoint)
     accelerator.wait_for_everyone()
-    done = {"seconds": round(seconds()), "processes": world}
-    return done if accelerator.is_main_process else None
+    return seconds()
 
 
 # ------------------------------------------------------------------------------------ the card
@@ -662,9 +681,9 @@ def write_card(folder, run, measured):
             f"| {m['log_loss']['estimate']:.3f} | {m['label_mass']:.4f} |"
         )
 
-    config = run["config"]
+    config, final = run["config"], run["final_phase"]
     sources = "\n".join(
-        f"| {s.hub[0]} | {s.weight:.2f} | {n:,} |"
+        f"| {s.hub[0]} | {s.weight:.2f} | {s.final_weight:.2f} | {n:,} |"
         for s, n in zip(SOURCES, run["labelled_rows"], strict=True)
     )
     wordings = "\n".join(f"| {q} | {a:.3f} |" for q, a in measured["wordings"].items())
@@ -681,8 +700,9 @@ vocabulary {config["vocab_size"]:,}, context {config["context"]} tokens, tied em
 It was trained from scratch for this project, so that the whole pipeline runs for real on two CPU
 cores without a download. It answers yes/no questions about the sentiment of English reviews.
 
-Made by `python train_embedded_model.py`: {config["steps"]:,} steps, seed {config["seed"]},
-about {run["seconds"] / 60:.0f} minutes on {run["processes"]} CPU core(s). Every number below was
+Made by `train_embedded_model.py`: {config["steps"]:,} steps and {final["steps"]:,} of a final phase
+at a quarter of the learning rate, seed {config["seed"]}, about {run["seconds"] / 60:.0f} minutes on
+{run["processes"]} CPU core(s). Every number below was
 measured by `python train_embedded_model.py --data-root DIR --card-only` on texts that training
 never saw.
 
@@ -696,7 +716,8 @@ calibrated model with the same confidences shows at this number of rows.
 {row("SST-2 development set", measured["sst2_dev"])}
 {row("IMDB test reviews (first 2,000 of a shuffled slice)", measured["imdb_test_slice"])}
 
-One decision was made while looking at the SST-2 development set: that negated questions join late.
+Two decisions were made while looking at the SST-2 development set: that negated questions join
+late, and that a final phase follows (the main phase alone reached an accuracy of 0.802 there).
 Nothing else was chosen on it or on the IMDB reviews; the last checkpoint was kept.
 
 | question (SST-2 development set) | accuracy |
@@ -715,8 +736,8 @@ loss. Sentences of news (ag_news, without their topics) stand for texts without 
 answered yes and no at random, equally often. Rows of the SST-2 development set and of the IMDB test
 slice were removed first. `dataset/` was never read.
 
-| source | share of the draws | texts |
-| --- | ---: | ---: |
+| source | share of the draws | in the final phase | texts |
+| --- | ---: | ---: | ---: |
 {sources}
 
 The sources are public research data sets; some allow non-commercial use only. Cite them, and check
@@ -757,30 +778,40 @@ def main(argv=None):
 def train_and_save(arguments):
     """Train (or continue) and write the model folder; False in a helper process."""
     import torch
+    from accelerate import Accelerator
 
+    accelerator = Accelerator(cpu=True)
     config = EmbeddedTraining(steps=arguments.steps, seed=arguments.seed)
     labelled, plain = load_corpus(arguments.data_root, config.seed)
     tokenizer = train_tokenizer(labelled, plain, config.vocab_size, config.context)
-    batches = TrainingBatches(tokenizer, labelled, plain, config)
     torch.manual_seed(config.seed)
     model = build_model(tokenizer, config)
-    checkpoint = ROOT / "checkpoints" / "embedded_model.pt"
-    checkpoint.parent.mkdir(exist_ok=True)
-    done = train(model, batches, config, checkpoint)
-    if done is None:
+    folder = ROOT / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    phases = {"main": config, "final": config.final_phase()}
+    seconds = 0.0
+    for name, phase in phases.items():
+        accelerator.print(f"{name} phase", file=sys.stderr)
+        batches = TrainingBatches(tokenizer, labelled, plain, phase)
+        seconds += train(accelerator, model, batches, phase, folder / f"embedded_model_{name}.pt")
+    if not accelerator.is_main_process:
         return False
-    folder = arguments.output
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
+    output = arguments.output
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(output)
     model.set_attn_implementation("sdpa")
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(output)
     run = {
         "config": asdict(config),
+        "final_phase": asdict(phases["final"]),
         "parameters": model.num_parameters(),
         "labelled_rows": [len(rows) for rows in labelled],
+        "seconds": round(seconds),
+        "processes": accelerator.num_processes,
     }
-    write_json(folder / "training.json", run | done)
-    checkpoint.unlink()
+    write_json(output / "training.json", run)
+    for name in phases:
+        (folder / f"embedded_model_{name}.pt").unlink()
     return True
 
 

@@ -101,7 +101,7 @@ def embedded_block():
     dev, imdb = run["measured"]["sst2_dev"], run["measured"]["imdb_test_slice"]
     return (
         f"{run['parameters']:,} parameters, bfloat16, trained for about {run['seconds'] / 60:.0f} "
-        f"minutes on {run['processes']} CPU core.\nOn texts it never saw: SST-2 development set "
+        f"minutes on {run['processes']} CPU core(s).\nOn texts it never saw: SST-2 development set "
         f"accuracy {with_interval(dev['accuracy'])}, ECE\n{with_interval(dev['ece'])} (perfect: "
         f"{dev['ece']['null_mean']:.3f}), label mass {dev['label_mass']:.4f}; {imdb['n']:,} IMDB\n"
         f"test reviews: accuracy {with_interval(imdb['accuracy'])}, ECE "
