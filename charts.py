@@ -26,12 +26,20 @@ from PIL import Image
 
 from calibration_metrics import (
     as_count,
-    as_labels,
-    as_probabilities,
+    clustered_wilson_interval,
     reliability_diagram,
-    wilson_interval,
+    risk_coverage_curve,
 )
-from records import SCHEMA_VERSION, atomic_path, load_results, read_json
+from comparison import ModelEvaluation, calibrator_comparison, load_models
+from decisions import (
+    ZONES,
+    automation,
+    enough_groups,
+    sample_size_curves,
+    score_answers,
+    zone_table,
+)
+from records import atomic_path, read_json
 from settings import EvaluationSettings, UserError
 
 NEXT_STEP = "run: python generate_evaluation_cache.py --force"
@@ -42,13 +50,6 @@ METHODS = {
 }
 MODELS = {"base": "base model", "finetuned": "fine-tuned model"}
 
-# What to do with an answer, by its confidence: lower edge of the zone, its name, the action.
-ZONES = (
-    (0.9, "90 % and above", "automate"),
-    (0.7, "70 to 90 %", "review"),
-    (0.5, "50 to 70 %", "manual"),
-    (0.0, "below 50 %", "manual"),
-)
 PROGRESSION_SIZES = (100, 200, 500, 1000)
 MOST_CATEGORIES = 12
 CONFIDENCE_LABEL = "confidence: probability of the predicted label"
@@ -84,28 +85,6 @@ RC = {
 
 
 @dataclass(frozen=True)
-class ModelEvaluation:
-    """One model's answers to the n test rows; K labels in the task's order.
-
-    name: "base" or "finetuned".
-    label: (n,) int index of the true label; category: (n,) str, "" where a row has none.
-    probabilities: for each method (n, K) float, rows summing to 1.
-    metrics: for each method the measurements of calibrated_results.json.
-    """
-
-    name: str
-    label: np.ndarray
-    category: np.ndarray
-    probabilities: dict
-    metrics: dict
-
-    def confidence(self, method):
-        """(n,) probability of the predicted label, and (n,) bool whether that label is right."""
-        probabilities = self.probabilities[method]
-        return probabilities.max(axis=1), probabilities.argmax(axis=1) == self.label
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """An evaluation cache, as far as charts need it.
 
@@ -125,6 +104,12 @@ class Evaluation:
     def models(self):
         return [model for model in (self.base, self.finetuned) if model is not None]
 
+    @property
+    def divisible(self):
+        """The last model, or None if its calibration rows are too few to fit and to certify."""
+        model = self.models[-1]
+        return model if enough_groups(model.results.arrays("calibration")) else None
+
 
 def load_evaluation(cache_dir):
     """The `Evaluation` in the folder `cache_dir`.
@@ -132,63 +117,16 @@ def load_evaluation(cache_dir):
     Raises UserError when a file is missing or damaged, when the files belong to different models,
     or when a reported row is no test row.
     """
-    cache_dir = Path(cache_dir)
-    path = cache_dir / "calibrated_results.json"
-    calibrated = read_json(path, NEXT_STEP)
-    if calibrated.get("schema_version") != SCHEMA_VERSION:
-        found = calibrated.get("schema_version")
-        raise UserError(f"{path} has schema {found}, not {SCHEMA_VERSION}; {NEXT_STEP}")
-    metadata_path = cache_dir / "evaluation_metadata.json"
+    models = load_models(cache_dir)
+    metadata_path = Path(cache_dir) / "evaluation_metadata.json"
     metadata = read_json(metadata_path, NEXT_STEP)
-    try:
-        models = {
-            name: _model_evaluation(
-                name,
-                calibrated["models"][name],
-                load_results(cache_dir / f"{name}_model_results.json"),
-            )
-            for name in MODELS
-            if name == "base" or name in calibrated["models"]
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({_reason(error)}); {NEXT_STEP}") from error
     try:
         bins = as_count("bins", metadata["settings"]["evaluation"]["bins"])
         history, chosen_step = _training_history(metadata["training"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{metadata_path} is damaged ({_reason(error)}); {NEXT_STEP}") from error
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{metadata_path} is damaged ({reason}); {NEXT_STEP}") from error
     return Evaluation(models["base"], models.get("finetuned"), bins, history, chosen_step)
-
-
-def _reason(error):
-    return f"no {error}" if isinstance(error, KeyError) else str(error)
-
-
-def _model_evaluation(name, entry, results):
-    if entry["identity"]["fingerprint"] != results.identity["fingerprint"]:
-        raise ValueError(f"{name}_model_results.json is of another model")
-    test = entry["test"]
-    examples = {e.id: e for e in results.examples if e.split == "test"}
-    if strangers := [i for i in test["ids"] if i not in examples]:
-        raise ValueError(f"{name}: {strangers[0]!r} is no test row")
-    names = results.task.label_names
-    label = as_labels(f"{name} label", test["label"], len(names))
-    if [examples[i].label for i in test["ids"]] != [names[index] for index in label]:
-        raise ValueError(f"{name}: its labels differ from those of {name}_model_results.json")
-    probabilities, metrics = {}, {}
-    for method in METHODS:
-        values = test["methods"][method]["probabilities"]
-        probabilities[method] = as_probabilities(f"{name} {method} probabilities", values)
-        shape = probabilities[method].shape
-        if shape != (len(label), len(names)):
-            expected = (len(label), len(names))
-            raise ValueError(f"{name} {method} probabilities must be {expected}, got {shape}")
-        metrics[method] = test["methods"][method]["metrics"]
-        for key in ("estimate", "low", "high", "null_mean"):
-            if not isinstance(metrics[method]["ece"][key], int | float):
-                raise ValueError(f"{name}: the ECE of {method} has no {key}")
-    category = np.array([examples[i].category or "" for i in test["ids"]])
-    return ModelEvaluation(name, label, category, probabilities, metrics)
 
 
 def _training_history(training):
@@ -244,40 +182,32 @@ def prepare_histogram_comparison(models):
 
 def prepare_reliability(model, method, n_bins=20):
     """The arrays of `calibration_metrics.reliability_diagram`, beside what the title says."""
-    confidence, correct = model.confidence(method)
-    return {**_about(model, method), **reliability_diagram(confidence, correct, n_bins=n_bins)}
-
-
-def _zone_of(confidence):
-    """(n,) index into ZONES; a confidence on an edge belongs to the zone above it."""
-    edges = [low for low, _, _ in ZONES[::-1]]
-    return len(ZONES) - np.digitize(confidence, edges)
+    diagram = reliability_diagram(*model.confidence(method), n_bins=n_bins, group=model.group)
+    return {**_about(model, method), **diagram}
 
 
 def prepare_zones(model, method="platt"):
     """What acting on the confidence means: the rows of each of ZONES and how often they are right.
 
-    Returns count, accuracy, wilson_low, wilson_high, mean_confidence, (zones,) each, NaN for a zone
-    without rows, beside what the title says.
+    Returns count, accuracy, wilson_low, wilson_high, mean_confidence, (zones,) each, of
+    `decisions.zone_table`, NaN for a zone without rows, beside what the title says.
     """
     confidence, correct = model.confidence(method)
-    return {**_about(model, method), **_zone_numbers(confidence, correct)}
+    return {**_about(model, method), **_zone_numbers(confidence, correct, model.group)}
 
 
-def _zone_numbers(confidence, correct):
-    zone = _zone_of(confidence)
-    count = np.bincount(zone, minlength=len(ZONES))
-    right = np.bincount(zone, weights=correct, minlength=len(ZONES))
-    total = np.bincount(zone, weights=confidence, minlength=len(ZONES))
-    filled = np.where(count > 0, count, np.nan)
-    low, high = wilson_interval(right, count)
-    return {
-        "count": count,
-        "accuracy": right / filled,
-        "wilson_low": low,
-        "wilson_high": high,
-        "mean_confidence": total / filled,
+def _zone_numbers(confidence, correct, group):
+    table = zone_table(confidence, correct, group)
+    columns = {
+        "accuracy": "accuracy",
+        "wilson_low": "low",
+        "wilson_high": "high",
+        "mean_confidence": "mean_confidence",
     }
+    numbers = {"count": np.array([zone["count"] for zone in table])}
+    for name, key in columns.items():
+        numbers[name] = np.array([zone[key] for zone in table], dtype=np.float64)
+    return numbers
 
 
 def prepare_zone_progression(model, method="platt", seed=EvaluationSettings.evaluation_seed):
@@ -286,12 +216,35 @@ def prepare_zone_progression(model, method="platt", seed=EvaluationSettings.eval
     Sizes beyond the number of rows give way to all rows. Returns sizes (S,), and count, accuracy,
     wilson_low, wilson_high, mean_confidence, (S, zones) each.
     """
-    confidence, correct = model.confidence(method)
-    order = np.random.default_rng(seed).permutation(len(correct))
-    sizes = sorted({min(size, len(correct)) for size in PROGRESSION_SIZES})
-    steps = [_zone_numbers(confidence[order[:s]], correct[order[:s]]) for s in sizes]
+    columns = (*model.confidence(method), model.group)
+    order = np.random.default_rng(seed).permutation(len(model.label))
+    sizes = sorted({min(size, len(order)) for size in PROGRESSION_SIZES})
+    steps = [_zone_numbers(*(column[order[:size]] for column in columns)) for size in sizes]
     stacked = {key: np.array([step[key] for step in steps]) for key in steps[0]}
     return {**_about(model, method), "sizes": np.array(sizes), **stacked}
+
+
+def prepare_certified_thresholds(model):
+    """What certified and naive thresholds do to the test rows; see `decisions.automation`.
+
+    Returns automation, and curve: risk and coverage at every threshold on the test rows.
+    """
+    scored = score_answers(*_calibration_and_test(model))
+    return {
+        "model": model.name,
+        "curve": risk_coverage_curve(scored.test.confidence, scored.test.correct),
+        "automation": automation(scored),
+    }
+
+
+def prepare_sample_size(model):
+    """`decisions.sample_size_curves` of a model."""
+    curves = sample_size_curves(*_calibration_and_test(model), n_bins=model.bins)
+    return {"model": model.name, **curves}
+
+
+def _calibration_and_test(model):
+    return (model.results.arrays(split) for split in ("calibration", "test"))
 
 
 def prepare_accuracy_comparison(models, method="raw"):
@@ -309,14 +262,18 @@ def prepare_accuracy_comparison(models, method="raw"):
         categories = categories[:0]
     kept = categories[:MOST_CATEGORIES]
 
-    def numbers(model, groups):
+    def numbers(model, categories):
         _, correct = model.confidence(method)
-        rows = [np.ones(len(correct), dtype=bool), *(model.category == c for c in groups)]
-        count = np.array([r.sum() for r in rows])
-        right = np.array([correct[r].sum() for r in rows])
-        low, high = wilson_interval(right, count)
-        accuracy = right / np.where(count > 0, count, np.nan)
-        return {"count": count, "accuracy": accuracy, "wilson_low": low, "wilson_high": high}
+        parts = [np.ones(len(correct), dtype=bool), *(model.category == c for c in categories)]
+        columns = []
+        for rows in parts:
+            column = (0, np.nan, np.nan, np.nan)
+            if rows.any():
+                low, high = clustered_wilson_interval(correct[rows], model.group[rows])
+                column = (rows.sum(), correct[rows].mean(), low, high)
+            columns.append(column)
+        keys = ("count", "accuracy", "wilson_low", "wilson_high")
+        return dict(zip(keys, map(np.array, zip(*columns, strict=True)), strict=True))
 
     first, last = (numbers(model, kept)["accuracy"][1:] for model in (models[0], models[-1]))
     kept = kept[np.argsort(first - last, kind="stable")]
@@ -343,6 +300,56 @@ def prepare_calibration_errors(models):
                 for key in keys
             }
             for model in models
+        },
+    }
+
+
+def prepare_calibrator_comparison(models):
+    """What every calibrator does to log-loss and ECE, from `comparison.calibrator_comparison`.
+
+    Returns names (C,) of the calibrators, from simple to flexible; for each model selected: the
+    index of the one that cross-fitting chose; difference, low, high (C,): log-loss minus that of
+    the raw output, nats, 0 for raw itself; ece, null_mean (C,).
+    """
+    tables = {model.name: calibrator_comparison(model) for model in models}
+    names = [row["name"] for row in tables[models[0].name]["calibrators"]]
+
+    def numbers(table):
+        nothing = {"estimate": 0.0, "low": 0.0, "high": 0.0}
+        rows = table["calibrators"]
+        gains = [row["difference"]["log_loss"] if row["difference"] else nothing for row in rows]
+        ece = [row["metrics"]["ece"] for row in rows]
+        return {
+            "selected": names.index(table["selection"]["chosen"]),
+            "difference": np.array([gain["estimate"] for gain in gains]),
+            "low": np.array([gain["low"] for gain in gains]),
+            "high": np.array([gain["high"] for gain in gains]),
+            "ece": np.array([one["estimate"] for one in ece]),
+            "null_mean": np.array([one["null_mean"] for one in ece]),
+        }
+
+    return {
+        "n": {model.name: len(model.label) for model in models},
+        "names": names,
+        "models": {name: numbers(table) for name, table in tables.items()},
+    }
+
+
+def prepare_risk_coverage(models):
+    """Risk against coverage for each model, ranked by its raw and by its Platt confidence.
+
+    Returns curves: for each (model, method) coverage and risk, from the highest confidence down,
+    of `calibration_metrics.risk_coverage_curve`, and aurc with its interval.
+    """
+    return {
+        "n": {model.name: len(model.label) for model in models},
+        "curves": {
+            (model.name, method): {
+                **risk_coverage_curve(*model.confidence(method)),
+                "aurc": model.metrics[method]["aurc"],
+            }
+            for model in models
+            for method in ("raw", "platt")
         },
     }
 
@@ -417,9 +424,9 @@ def _percent_axis(ax, which, whole=True):
         ax.set(**{f"{which}lim": (0, 1)})
 
 
-def _frame(figure, title):
+def _frame(figure, title, legend_rows=1):
     """The body of a figure, under its title, and the strip at its foot for the legend."""
-    foot_inches = 0.4
+    foot_inches = 0.15 + 0.25 * legend_rows
     height = figure.get_figheight()
     body, foot = figure.subfigures(2, 1, height_ratios=[height - foot_inches, foot_inches])
     body.suptitle(title)
@@ -438,7 +445,7 @@ def _whiskers(ax, position, data, filled, horizontal=False):
         ecolor=INK,
         elinewidth=1.4,
         zorder=4,
-        label="95 % interval of the accuracy",
+        label="95 % interval (clustered)",
     )
 
 
@@ -499,8 +506,9 @@ def plot_histogram_comparison(rows, figure):
 def plot_reliability(data, ax):
     """A square reliability diagram with the counts of its bins below it.
 
-    Bars: accuracy of the rows in a bin. Points: the same at their mean confidence, with the Wilson
-    interval. Grey: where 95 % of perfectly calibrated models with these confidences would lie.
+    Bars: accuracy of the rows in a bin. Points: the same at their mean confidence, with its
+    interval. Line: accuracy by confidence without bins (CORP). Grey: at each confidence, where 95 %
+    of these lines would lie if the confidences were perfectly calibrated.
     """
     color = MODEL_COLORS[data["model"]]
     filled = data["count"] > 0
@@ -508,9 +516,11 @@ def plot_reliability(data, ax):
     bars = {"align": "edge", "width": width, "linewidth": 1}
     accuracy, mean_confidence = data["accuracy"][filled], data["mean_confidence"][filled]
     ax.bar(left, accuracy, label="accuracy of the bin", **bars, **_fill(color))
-    low, high = data["null_low"][filled], data["null_high"][filled]
-    band = {"color": BAND, "alpha": 0.45, "label": "95 % range if perfectly calibrated"}
-    ax.bar(left, high - low, bottom=low, **bars, **band)
+    curve, low, high = (data[f"corp_{key}"] for key in ("confidence", "null_low", "null_high"))
+    band = {"color": BAND, "alpha": 0.45, "linewidth": 0, "zorder": 2}
+    ax.fill_between(curve, low, high, label="95 % range if perfectly calibrated", **band)
+    line = {"color": darker(color, 0.5), "linewidth": 1.8, "zorder": 3}
+    ax.plot(curve, data["corp_accuracy"], label="accuracy without bins (CORP)", **line)
     ax.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle="--", label="accuracy = confidence")
     _whiskers(ax, mean_confidence, data, filled)
     points = {"color": darker(color, 0.5), "markersize": 5, "zorder": 5, "clip_on": False}
@@ -637,7 +647,7 @@ def plot_zone_progression(data, figure):
         ax.set_xticks(
             x,
             [
-                f"{size:,}\n{count:,}" + (f"\n±{100 * h:.1f}" if count else "\n–")
+                f"{size:,}\n{count:,}" + (f"\n±{100 * h:.2g}" if count else "\n–")
                 for size, count, h in zip(data["sizes"], zone["count"], half, strict=True)
             ],
         )
@@ -651,6 +661,110 @@ def plot_zone_progression(data, figure):
         fontsize="medium",
     )
     _legend(foot, axes, ncols=3)
+
+
+def plot_certified_thresholds(data, figure):
+    """A panel a promise: error against automated share, with the certified and the naive one."""
+    table = data["automation"]
+    title = f"Thresholds that promise right answers: {MODELS[data['model']]}"
+    body, foot = _frame(figure, f"{title}, n = {table['n_test']:,} test rows")
+    axes = body.subplots(1, len(table["promises"]), sharex=True, sharey=True)
+    color = MODEL_COLORS[data["model"]]
+    marks = {
+        "certified": {"marker": "o", "markersize": 12, "color": darker(color)},
+        "naive": {"marker": "X", "markersize": 12, "color": darker(WRONG_COLOR)},
+    }
+    for ax, row in zip(axes, table["promises"], strict=True):
+        ax.axhspan(0, row["alpha"], color=BAND, alpha=0.3, linewidth=0, label="promise kept")
+        ax.step(
+            data["curve"]["coverage"],
+            data["curve"]["risk"],
+            where="post",
+            color=darker(color),
+            linewidth=1.8,
+            label="every threshold, on test rows",
+        )
+        lines = [f"promise: {100 * row['promise']:g} % right"]
+        for way, look in marks.items():
+            test = row[way]["test"]
+            ax.plot([], [], linestyle="none", label=f"{way} threshold", **look)
+            if test["automated"] == 0:
+                lines += [f"{way}: nothing automated,", "a person answers all"]
+                continue
+            edge = {"markeredgecolor": "white", "zorder": 6, "clip_on": False}
+            ax.plot(test["coverage"], test["risk"], **look, **edge)
+            lines.append(f"{way}: {_percent(test['coverage'])} automated,")
+            lines.append(f"{_percent(test['risk'])} of them wrong")
+        ax.set_title("\n".join(lines))
+        _percent_axis(ax, "x")
+        ax.set_xlabel("automated test rows")
+    highest = max(0.2, *data["curve"]["risk"])
+    axes[0].set_ylim(0, np.ceil(10 * highest) / 10)
+    _percent_axis(axes[0], "y", whole=False)
+    axes[0].set_ylabel("share of wrong answers among them")
+    body.supxlabel(
+        f"calibrated by {table['calibrator']} on {table['n_fitting']:,} calibration rows; "
+        f"thresholds from {table['n_certifying']:,} others\n"
+        f"in {table['n_certifying_groups']:,} near-duplicate groups, δ = {table['delta']:g}",
+        fontsize="medium",
+    )
+    _legend(foot, axes, ncols=4)
+
+
+def plot_sample_size(data, figure):
+    """Four panels against the number of labelled rows; see `decisions.sample_size_curves`."""
+    title = f"What more labelled rows buy: {MODELS[data['model']]}"
+    body, foot = _frame(figure, f"{title}, n = {data['n_test']:,} test rows", legend_rows=2)
+    axes = body.subplots(2, 2, sharex=True)
+    (loss, error), (coverage, null) = axes
+    n = np.array([size["n"] for size in data["sizes"]])
+    colors = {"platt": MODEL_COLORS[data["model"]], "isotonic": COLORS[3]}
+
+    def band(ax, method, bands):
+        mean, low, high = (np.array([b[key] for b in bands]) for key in ("mean", "low", "high"))
+        ax.fill_between(n, low, high, color=colors[method], alpha=0.35, linewidth=0)
+        line = {"color": darker(colors[method]), "markersize": 5, "linewidth": 1.8}
+        ax.plot(n, mean, "o-", label=METHODS[method], **line)
+        return mean
+
+    for ax, key in ((loss, "log_loss"), (error, "ece")):
+        means = [band(ax, m, [size[m][key] for size in data["sizes"]]) for m in colors]
+        ax.axhline(data["raw"][key], color=INK, linewidth=1.4, linestyle=":", label="uncalibrated")
+        shown = np.array([*np.ravel(means), data["raw"][key]])
+        ax.set_ylim(top=shown.max() + 0.3 * np.ptp(shown))  # bands of few rows reach far beyond
+    perfect = {"color": INK, "linewidth": 2, "linestyle": (0, (2, 1))}
+    error.axhline(data["test_null"]["mean"], label="mean if perfectly calibrated", **perfect)
+    certified = [size["certified"] for size in data["sizes"]]
+    band(coverage, "platt", [one["coverage"] for one in certified])
+    if not any(one["share"] for one in certified):
+        middle = {"transform": coverage.transAxes, "ha": "center", "color": BAND}
+        coverage.text(0.5, 0.5, "no threshold could be certified", **middle)
+    chance = [size["null_ece"] for size in data["sizes"]]
+    high = {"color": BAND, "alpha": 0.45, "linewidth": 0}
+    likely = "95 % of perfectly calibrated models"
+    null.fill_between(n, 0, [one["p95"] for one in chance], label=likely, **high)
+    null.plot(n, [one["mean"] for one in chance], label="mean if perfectly calibrated", **perfect)
+    loss.set_title("log-loss of calibrators fitted on them")
+    error.set_title("calibration error of calibrators fitted on them")
+    coverage.set_title(f"automated, {100 * data['promise']:g} % right certified on them")
+    null.set_title("calibration error by chance, measured on them")
+    loss.set_ylabel("nats, on test rows")
+    for ax in (error, null):
+        ax.set_ylabel("ECE")
+        ax.set_ylim(bottom=0)
+        _percent_axis(ax, "y", whole=False)
+    _percent_axis(coverage, "y")
+    coverage.set_ylabel("share of test rows")
+    for ax in axes.flat:
+        ax.set_xscale("log")
+        ax.set_xticks(n, [f"{size:,}" for size in n], minor=False)
+        ax.set_xticks([], minor=True)
+    body.supxlabel(
+        "labelled rows (logarithmic); coloured bands: 5 to 95 % of "
+        f"{data['n_draws']} draws of near-duplicate groups",
+        fontsize="medium",
+    )
+    _legend(foot, axes.flat, ncols=3)
 
 
 def plot_accuracy_comparison(data, figure):
@@ -728,6 +842,86 @@ def plot_calibration_errors(data, figure):
     _legend(foot, [ax], ncols=4)
 
 
+def plot_calibrator_comparison(data, figure):
+    """A line a calibrator: its log-loss against that of the raw output, and its ECE."""
+    title = "Every calibrator against the raw output"
+    body, foot = _frame(figure, title, legend_rows=2)
+    gains, errors = body.subplots(1, 2, sharey=True)
+    y = np.arange(len(data["names"]))
+    height = 0.8 / len(data["models"])
+    for i, (name, numbers) in enumerate(data["models"].items()):
+        at = y + (i - (len(data["models"]) - 1) / 2) * height
+        color = MODEL_COLORS[name]
+        fitted = numbers["low"] < numbers["high"]  # all but raw, which differs by 0 from itself
+        points = {"markersize": 8, "linestyle": "none", "zorder": 5}
+        gains.plot(
+            numbers["difference"],
+            at,
+            "o",
+            color=color,
+            markeredgecolor=darker(color),
+            label=MODELS[name],
+            **points,
+        )
+        line = {"color": INK, "linewidth": 1.4, "zorder": 4, "label": "95 % interval (clustered)"}
+        gains.hlines(at[fitted], numbers["low"][fitted], numbers["high"][fitted], **line)
+        chosen = numbers["selected"]
+        gains.plot(
+            numbers["difference"][chosen],
+            at[chosen],
+            "o",
+            color="none",
+            markeredgecolor=INK,
+            markeredgewidth=1.6,
+            label="chosen on the calibration rows",
+            **{**points, "markersize": 14},
+        )
+        errors.barh(at, numbers["ece"], height=height, **_fill(color))
+        mark = {"color": INK, "linewidth": 2, "zorder": 5, "label": "mean if perfectly calibrated"}
+        errors.vlines(numbers["null_mean"], at - height / 2, at + height / 2, **mark)
+    gains.axvline(0, color=INK, linewidth=1, linestyle="--", label="raw output")
+    gains.set_yticks(y, [name.replace("_", " ") for name in data["names"]])
+    gains.set_ylim(len(y) - 0.5, -0.5)
+    gains.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    gains.set_xlabel("minus that of the raw output, nats; lower is better")
+    gains.set_title("log-loss")
+    errors.set_xlim(left=0)
+    _percent_axis(errors, "x", whole=False)
+    errors.set_xlabel("ECE, lower is better")
+    errors.set_title("expected calibration error")
+    for ax in (gains, errors):
+        ax.grid(axis="y", visible=False)
+    body.supxlabel(_rows_text(data["n"]), fontsize="medium")
+    _legend(foot, [gains, errors], ncols=3)
+
+
+def plot_risk_coverage(data, figure):
+    """The share of wrong answers among the most confident ones, against how many these are."""
+    body, foot = _frame(
+        figure, "What the confidence can rank: risk against coverage", legend_rows=2
+    )
+    ax = body.subplots()
+    for (name, method), curve in data["curves"].items():
+        aurc = curve["aurc"]
+        area = f"{aurc['estimate']:.3f} [{aurc['low']:.3f}, {aurc['high']:.3f}]"
+        ax.step(
+            curve["coverage"],
+            curve["risk"],
+            where="post",
+            color=darker(MODEL_COLORS[name]),
+            linewidth=2,
+            linestyle={"raw": "-", "platt": (0, (4, 1.5))}[method],
+            label=f"{MODELS[name]}, {method}: AURC {area}",
+        )
+    _percent_axis(ax, "x")
+    ax.set_ylim(bottom=0)
+    _percent_axis(ax, "y", whole=False)
+    ax.set_xlabel("coverage: share of the test rows answered, the most confident first")
+    ax.set_ylabel("risk: share of wrong answers among them")
+    ax.set_title(f"{_rows_text(data['n'])}; the left end rests on few of them")
+    _legend(foot, [ax], ncols=2)
+
+
 def plot_training_progress(data, figure):
     """Three panels against the optimizer step: losses, accuracy, calibration error."""
     title = f"Fine-tuning: the checkpoint of step {data['chosen_step']:,} was kept"
@@ -796,7 +990,7 @@ def _reliability_chart(file, method):
         "base",
         lambda evaluation: [prepare_reliability(evaluation.base, method, evaluation.bins)],
         plot_reliability_figure,
-        (6.7, 9.05),
+        (6.7, 9.35),
     )
 
 
@@ -808,7 +1002,7 @@ def _reliability_comparison_chart(method):
             prepare_reliability(model, method, evaluation.bins) for model in evaluation.models
         ],
         plot_reliability_figure,
-        (10, 7.05),
+        (10, 7.35),
     )
 
 
@@ -824,6 +1018,20 @@ CHARTS = (
     _reliability_chart("reliability_platt_scaling", "platt"),
     _reliability_chart("reliability_isotonic_regression", "isotonic"),
     Chart(
+        "calibration/calibrator_comparison.png",
+        "base",
+        lambda evaluation: prepare_calibrator_comparison(evaluation.models),
+        plot_calibrator_comparison,
+        (10, 6.4),
+    ),
+    Chart(
+        "calibration/risk_coverage.png",
+        "base",
+        lambda evaluation: prepare_risk_coverage(evaluation.models),
+        plot_risk_coverage,
+        (10, 6),
+    ),
+    Chart(
         "calibration/business_reliability.png",
         "base",
         lambda evaluation: prepare_zones(evaluation.models[-1]),
@@ -836,6 +1044,20 @@ CHARTS = (
         lambda evaluation: prepare_zone_progression(evaluation.models[-1]),
         plot_zone_progression,
         (10, 5.6),
+    ),
+    Chart(
+        "calibration/certified_thresholds.png",
+        "divisible",
+        lambda evaluation: prepare_certified_thresholds(evaluation.divisible),
+        plot_certified_thresholds,
+        (10, 5.8),
+    ),
+    Chart(
+        "calibration/sample_size.png",
+        "divisible",
+        lambda evaluation: prepare_sample_size(evaluation.divisible),
+        plot_sample_size,
+        (10, 7.4),
     ),
     Chart(
         "fine_tuning/accuracy_comparison.png",

@@ -15,7 +15,11 @@ import time
 from records import read_json, write_json
 from settings import UserError, add_cache_arguments
 
-NEEDS = {"finetuned": "a fine-tuned model", "history": "a training history"}
+NEEDS = {
+    "finetuned": "a fine-tuned model",
+    "history": "a training history",
+    "divisible": "calibration rows of at least 4 near-duplicate groups",
+}
 
 
 def parse_arguments(arguments=None):

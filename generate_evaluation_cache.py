@@ -23,7 +23,6 @@ from pathlib import Path
 from records import (
     MODEL_FILES,
     SCHEMA_VERSION,
-    TOKEN_PROBABILITY,
     ModelResults,
     load_held_out,
     prediction_from_json,
@@ -160,45 +159,6 @@ def model_results(name, classifier, task, examples, evaluation, partial):
     )
 
 
-def calibrate(results, evaluation):
-    """Every calibrator fitted on the calibration rows and judged on the test rows of one model."""
-    from calibration import (
-        CALIBRATORS,
-        calibrated_probabilities,
-        evaluate_calibrator,
-        fit_calibrator,
-    )
-
-    fitting = results.arrays("calibration", TOKEN_PROBABILITY)
-    test = results.arrays("test", TOKEN_PROBABILITY)
-    calibrators, methods = {}, {}
-    for name in CALIBRATORS:
-        calibrator = fit_calibrator(name, fitting)
-        calibrators[name] = calibrator.to_json()
-        methods[name] = {
-            "probabilities": [
-                [round(float(p), 9) for p in row]
-                for row in calibrated_probabilities(calibrator, test)
-            ],
-            "metrics": evaluate_calibrator(
-                calibrator,
-                test,
-                n_bins=evaluation.bins,
-                n_resamples=evaluation.resamples,
-                seed=evaluation.evaluation_seed,
-            ),
-        }
-    return {
-        "identity": results.identity,
-        "calibrators": calibrators,
-        "test": {
-            "ids": [str(i) for i in test["id"]],
-            "label": [int(i) for i in test["label"]],
-            "methods": methods,
-        },
-    }
-
-
 def held_out_examples(task, data, folder, base_only):
     """The calibration and test rows, checked against those the adapter was kept away from."""
     from dataset_loader import data_fingerprint, load_splits
@@ -217,6 +177,7 @@ def held_out_examples(task, data, folder, base_only):
 
 def generate(task, model, data, evaluation, output, base_only=False, force=False):
     """Run the stage. Returns "evaluated" or "up to date". Raises UserError."""
+    from comparison import judge_calibrators
     from logprobs_confidence import (
         TransformerLogprobsClassifier,
         model_fingerprint,
@@ -255,7 +216,11 @@ def generate(task, model, data, evaluation, output, base_only=False, force=False
             partial.path.unlink(missing_ok=True)
         with classifier.without_adapter() if name == "base" else nullcontext():
             results[name] = model_results(name, classifier, task, held_out, evaluation, partial)
-    calibrated = {name: calibrate(r, evaluation) for name, r in results.items()}
+    calibrated = {
+        name: {"identity": r.identity}
+        | judge_calibrators(r, evaluation.bins, evaluation.resamples, evaluation.evaluation_seed)
+        for name, r in results.items()
+    }
     metadata_path.unlink(missing_ok=True)  # from here on the old evaluation is being replaced
     for name, file in MODEL_FILES.items():
         if name in results:

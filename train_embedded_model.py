@@ -6,14 +6,14 @@
     python train_embedded_model.py --data-root DIR --card-only   # measure, rewrite the card
 
 Every step of a process adds the gradients of one batch of plain text (next-token loss) and one
-batch of questions about labelled reviews (loss on the answer token after the chat prompt). The main
-phase draws from everything; a short final one, at a quarter of the learning rate, mostly from the
-short sentences. Questions come in several wordings, negated ones among them; sentences of news, which hold no
+batch of questions about labelled reviews (loss on the answer token after the chat prompt).
+Questions come in several wordings, negated ones among them; sentences of news, which hold no
 opinion, are answered either way at random, so that the model does not take sides on plain facts.
-Batches are a pure function of (seed,
-step, rank), so a run that was interrupted continues from its last checkpoint as if nothing had
-happened. The texts of `dataset/` are never read, and neither are the SST-2 development set and the
-IMDB test reviews but for the card. Needs a C++ compiler for torch.compile.
+The main phase draws from everything; a short final one, at a quarter of the learning rate, mostly
+from the short sentences. Batches are a pure function of (seed, step, rank), so a run that was
+interrupted continues from its last checkpoint as if nothing had happened. The texts of `dataset/`
+are never read, and neither are the SST-2 development set and the IMDB test reviews but for the
+card. Needs a C++ compiler for torch.compile.
 """
 
 import argparse

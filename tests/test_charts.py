@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.style
@@ -21,112 +21,17 @@ from PIL import Image
 
 import charts
 import generate_all_charts
-from calibration_metrics import expected_calibration_error
-from generate_evaluation_cache import calibrate
-from records import (
-    Example,
-    ModelResults,
-    label_probabilities,
-    load_results,
-    prediction_from_logprobs,
-    write_json,
-)
-from settings import ROOT, SENTIMENT, EvaluationSettings, Label, Task, UserError
-
-CATEGORIES = (
-    "strong_positive",
-    "strong_negative",
-    "medium_positive",
-    "medium_negative",
-    "weak_positive",
-    "weak_negative",
-    "neutral_sport",
-    "neutral_workplace",
-)
-TOPIC = Task(
-    "topic",
-    "What is this text about? Answer sport, work, home or travel.",
-    tuple(Label(name, (name,)) for name in ("sport", "work", "home", "travel")),
-)
-
-
-def simulate(name, task, n, seed, skill, sharpness):
-    """A model of known faults: its scores are the truth's, blurred and stretched by `sharpness`.
-
-    Half of the n rows calibrate, half test. Returns the model's `ModelResults`.
-    """
-    examples_rng, model_rng = np.random.default_rng(7), np.random.default_rng(seed)
-    k = len(task.labels)
-    truth = examples_rng.normal(0, 2.5, (n, k))  # nats
-    labels = (label_probabilities(truth).cumsum(axis=1) < examples_rng.random((n, 1))).sum(axis=1)
-    category = examples_rng.integers(len(CATEGORIES), size=n)
-    blur = model_rng.normal(0, 2.5, (n, k))
-    weight = skill * np.where(category >= 6, 0.3 * skill, 1.0)[:, None]
-    scores = sharpness * (weight * truth + (1 - weight) * blur)
-    mass = model_rng.uniform(0.9, 1.0, (n, 1))
-    logprobs = np.log(label_probabilities(scores)) + np.log(mass)
-    examples, predictions = [], []
-    for i in range(n):
-        split = "calibration" if i < n // 2 else "test"
-        examples.append(
-            Example(f"e{i}", "", task.label_names[labels[i]], CATEGORIES[category[i]], split=split)
-        )
-        predictions.append(prediction_from_logprobs(f"e{i}", task, logprobs[i]))
-    identity = {"model": "simulated", "fingerprint": f"{name}-{seed}"}
-    return ModelResults(name, task, identity, tuple(examples), tuple(predictions), {})
-
-
-def write_cache(folder, task=SENTIMENT, n=2000, finetuned=True, bins=20):
-    """An evaluation cache of simulated models, with the real calibrators and measurements."""
-    evaluation = EvaluationSettings(bins=bins, resamples=200)
-    models = {"base": simulate("base", task, n, 1, 0.5, 2.0)}
-    if finetuned:
-        models["finetuned"] = simulate("finetuned", task, n, 2, 0.8, 1.6)
-    for name, results in models.items():
-        write_json(folder / f"{name}_model_results.json", results.to_json())
-    write_json(
-        folder / "calibrated_results.json",
-        {
-            "schema_version": 1,
-            "task": task.to_json(),
-            "models": {name: calibrate(r, evaluation) for name, r in models.items()},
-        },
-    )
-    steps = np.arange(0, 676, 75)
-    history = [
-        {
-            "step": int(step),
-            "epoch": step / 225,
-            "training_loss": 0.25 + 0.5 * np.exp(-step / 90) if step else None,
-            "validation_loss": 0.3 + 0.45 * np.exp(-step / 100) + (step / 2000) ** 2,
-            "validation_accuracy": 0.9 - 0.2 * np.exp(-step / 120),
-            "validation_ece": 0.04 + 0.15 * np.exp(-step / 80) + 5e-5 * step,
-            "validation_calibrated_log_loss": 0.28 + 0.35 * np.exp(-step / 100),
-        }
-        for step in steps
-    ]
-    training = {"history": history, "chosen_step": 450} if finetuned else None
-    write_json(
-        folder / "evaluation_metadata.json",
-        {
-            "schema_version": 1,
-            "fingerprint": f"{task.name}-{n}-{finetuned}",
-            "settings": {"evaluation": asdict(evaluation)},
-            "training": training,
-        },
-    )
-    return folder
+from calibration_metrics import clustered_wilson_interval, expected_calibration_error
+from comparison import calibrator_comparison
+from records import load_results
+from settings import ROOT, UserError
+from simulated_cache import CATEGORIES, simulated_cache
 
 
 @pytest.fixture(scope="module")
-def caches(tmp_path_factory):
+def caches():
     """Three evaluation caches: two labels, four labels, and a base model alone."""
-    root = tmp_path_factory.mktemp("caches")
-    return {
-        "two": write_cache(root / "two"),
-        "four": write_cache(root / "four", TOPIC, n=600, bins=12),
-        "alone": write_cache(root / "alone", n=120, finetuned=False),
-    }
+    return {name: simulated_cache(name) for name in ("two", "four", "alone")}
 
 
 @pytest.fixture(scope="module")
@@ -139,13 +44,21 @@ def model_of(confidence, correct, category=None):
     confidence = np.asarray(confidence, dtype=np.float64)
     label = np.where(correct, 0, 1)
     probabilities = np.stack([confidence, 1 - confidence], axis=1)
-    metrics = {"ece": {"estimate": 0.1, "low": 0.05, "high": 0.2, "null_mean": 0.08}}
+    metrics = {
+        "ece": {"estimate": 0.1, "low": 0.05, "high": 0.2, "null_mean": 0.08},
+        "aurc": {"estimate": 0.1, "low": 0.05, "high": 0.2},
+    }
+    empty = np.full(len(label), "")
     return charts.ModelEvaluation(
-        "base",
-        label,
-        np.array(category if category is not None else [""] * len(label)),
-        dict.fromkeys(charts.METHODS, probabilities),
-        dict.fromkeys(charts.METHODS, metrics),
+        name="base",
+        label=label,
+        category=empty if category is None else np.array(category),
+        domain=empty,
+        group=np.arange(len(label)).astype(str),
+        probabilities=dict.fromkeys(charts.METHODS, probabilities),
+        metrics=dict.fromkeys(charts.METHODS, metrics),
+        results=None,
+        entry={},
     )
 
 
@@ -281,6 +194,54 @@ def test_accuracy_of_each_category_is_its_share_of_right_answers(evaluations):
     assert (np.diff(gain[1:]) <= 0).all()
 
 
+def test_intervals_count_near_duplicates_once(evaluations):
+    model = evaluations["two"].finetuned
+    _, correct = model.confidence("raw")
+    copies = replace(model, group=np.where(correct, "right", "wrong"))  # two groups of copies
+    for group_of, wide in ((model, False), (copies, True)):
+        data = charts.prepare_accuracy_comparison([group_of])
+        expected = clustered_wilson_interval(correct, group_of.group)
+        numbers = data["models"]["finetuned"]
+        assert (numbers["wilson_low"][0], numbers["wilson_high"][0]) == expected
+        diagram = charts.prepare_reliability(group_of, "raw")
+        filled = diagram["count"] > 1
+        width = (diagram["wilson_high"] - diagram["wilson_low"])[filled]
+        assert (width.min() > 0.5) == wide
+
+
+@pytest.mark.parametrize("name", ["two", "four", "alone"])
+def test_calibrators_are_compared_with_the_numbers_of_the_report(evaluations, name):
+    models = evaluations[name].models
+    data = charts.prepare_calibrator_comparison(models)
+    for model in models:
+        table, numbers = calibrator_comparison(model), data["models"][model.name]
+        assert data["names"] == [row["name"] for row in table["calibrators"]]
+        assert data["names"][numbers["selected"]] == table["selection"]["chosen"]
+        assert [numbers[key][0] for key in ("difference", "low", "high")] == [0, 0, 0]  # raw
+        for i, row in enumerate(table["calibrators"][1:], start=1):
+            log_loss = row["difference"]["log_loss"]
+            assert numbers["difference"][i] == log_loss["estimate"]
+            assert (numbers["low"][i], numbers["high"][i]) == (log_loss["low"], log_loss["high"])
+            assert numbers["ece"][i] == row["metrics"]["ece"]["estimate"]
+            assert numbers["null_mean"][i] == row["metrics"]["ece"]["null_mean"]
+
+
+def test_risk_at_full_coverage_is_the_error_of_all_test_rows(evaluations):
+    models = evaluations["two"].models
+    data = charts.prepare_risk_coverage(models)
+    assert list(data["curves"]) == [(m.name, method) for m in models for method in ("raw", "platt")]
+    for model in models:
+        for method in ("raw", "platt"):
+            confidence, correct = model.confidence(method)
+            curve = data["curves"][model.name, method]
+            assert curve["coverage"][-1] == 1
+            assert curve["risk"][-1] == pytest.approx(1 - correct.mean())
+            half = np.searchsorted(curve["coverage"], 0.5)
+            sure = confidence >= curve["threshold"][half]
+            assert curve["risk"][half] == pytest.approx(1 - correct[sure].mean())
+            assert curve["aurc"] == model.metrics[method]["aurc"]
+
+
 def test_only_the_largest_categories_are_shown():
     category = [f"c{i:02}" for i in range(20) for _ in range(i + 1)]
     model = model_of([0.8] * len(category), [True] * len(category), category)
@@ -321,6 +282,12 @@ def test_a_loss_that_was_not_measured_is_nan(evaluations):
 
 
 # Pictures.
+
+# Their numbers come from calibration rows and from bootstraps, which no single row allows.
+FROM_MANY_ROWS = {
+    f"calibration/{name}.png"
+    for name in ("calibrator_comparison", "certified_thresholds", "sample_size")
+}
 
 
 def visible_texts(figure):
@@ -381,7 +348,8 @@ def test_titles_state_n_and_the_ece_with_its_yardsticks(figures):
         if file == "fine_tuning/training_progress.png":  # of validation rows
             continue
         titles = [ax.get_title() for ax in figure.findobj(Axes)]
-        titles += [part.get_suptitle() for part in (figure, *figure.subfigs)]
+        for part in (figure, *figure.subfigs):
+            titles += [part.get_suptitle(), part.get_supxlabel()]
         assert any("n = 300" in title for title in titles), file
         for title in titles:
             if "ECE" in title:
@@ -428,8 +396,22 @@ def test_zones_without_rows_say_so(figures):
 def test_a_single_row_is_drawn(evaluations):
     row = model_of([0.8], [True], ["a"])
     evaluation = replace(evaluations["two"], base=row, finetuned=replace(row, name="finetuned"))
-    for chart in {c.plot: c for c in charts.CHARTS}.values():  # one of each kind
-        charts.render(chart, evaluation)
+    drawn = {
+        chart.plot: charts.render(chart, evaluation)
+        for chart in charts.CHARTS
+        if chart.file not in FROM_MANY_ROWS
+    }
+    assert len(drawn) == 9  # one of each kind
+
+
+def test_no_threshold_is_drawn_from_rows_that_cannot_be_divided(evaluations):
+    alone = evaluations["alone"]
+    examples = tuple(replace(e, group="one") for e in alone.base.results.examples)
+    results = replace(alone.base.results, examples=examples)
+    few = replace(alone, base=replace(alone.base, results=results))
+    left_out = {chart.file for chart in charts.drawable(few)[1]}
+    left_out -= {chart.file for chart in charts.drawable(alone)[1]}
+    assert left_out == {"calibration/certified_thresholds.png", "calibration/sample_size.png"}
 
 
 def test_category_names_are_shown_as_they_are(evaluations):
@@ -538,8 +520,12 @@ FILES = [
             "reliability_raw_model_output",
             "reliability_platt_scaling",
             "reliability_isotonic_regression",
+            "calibrator_comparison",
+            "risk_coverage",
             "business_reliability",
             "business_reliability_progression",
+            "certified_thresholds",
+            "sample_size",
         )
     ),
     *(
@@ -555,6 +541,9 @@ FILES = [
         )
     ),
 ]
+
+
+ALONE = [file for file in FILES if file.startswith("calibration/")]  # with a base model only
 
 
 def run(*arguments, code=None):
@@ -588,7 +577,7 @@ def test_command_draws_every_chart_without_a_model(drawn):
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     assert [line.split("  ")[0] for line in lines[:-1]] == [str(images / f) for f in FILES]
-    assert re.fullmatch(r"13 charts in \d+\.\d s", lines[-1])
+    assert re.fullmatch(rf"{len(FILES)} charts in \d+\.\d s", lines[-1])
     assert files_below(images) == sorted([*FILES, "manifest.json"])
 
 
@@ -609,7 +598,7 @@ def test_manifest_names_the_cache_and_the_files(drawn, caches):
 
 def test_the_same_cache_gives_the_same_bytes(drawn, evaluations, tmp_path):
     images, _ = drawn
-    for chart in (charts.CHARTS[5], charts.CHARTS[9]):
+    for chart in (charts.CHARTS[1], charts.CHARTS[4]):
         again = charts.draw(chart, evaluations["two"], tmp_path)
         assert again.read_bytes() == (images / chart.file).read_bytes(), chart.file
 
@@ -631,7 +620,7 @@ def test_a_second_run_has_nothing_to_do(images, caches, capsys):
 
 def test_a_missing_picture_is_drawn_again(images, caches):
     (images / FILES[0]).unlink()
-    manifest = {"cache_fingerprint": "sentiment-120-False", "files": FILES[:6]}
+    manifest = {"cache_fingerprint": "sentiment-120-False", "files": ALONE}
     (images / "manifest.json").write_text(json.dumps(manifest))
     arguments = ["--cache-dir", str(caches["alone"]), "--images-dir", str(images)]
     assert generate_all_charts.main(arguments) == 0
@@ -642,17 +631,17 @@ def test_pictures_of_an_earlier_cache_do_not_stay(images, caches, capsys):
     (images / "fine_tuning" / "my_own.png").write_bytes(b"mine")
     arguments = ["--cache-dir", str(caches["alone"]), "--images-dir", str(images)]
     assert generate_all_charts.main(arguments) == 0
-    assert files_below(images) == sorted([*FILES[:6], "fine_tuning/my_own.png", "manifest.json"])
+    assert files_below(images) == sorted([*ALONE, "fine_tuning/my_own.png", "manifest.json"])
     left_out = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
-    assert len(left_out) == 7
+    assert len(left_out) == len(FILES) - len(ALONE)
     assert "accuracy_comparison.png needs a fine-tuned model" in left_out[0]
     assert "training_progress.png needs a training history" in left_out[-1]
-    assert json.loads((images / "manifest.json").read_text())["files"] == FILES[:6]
+    assert json.loads((images / "manifest.json").read_text())["files"] == ALONE
 
 
 def test_force_draws_again(images, caches):
     (images / FILES[0]).write_bytes(b"spoilt")
-    manifest = {"cache_fingerprint": "sentiment-120-False", "files": FILES[:6]}
+    manifest = {"cache_fingerprint": "sentiment-120-False", "files": ALONE}
     (images / "manifest.json").write_text(json.dumps(manifest))
     arguments = ["--cache-dir", str(caches["alone"]), "--images-dir", str(images)]
     assert generate_all_charts.main(arguments) == 0

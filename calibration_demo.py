@@ -1,0 +1,290 @@
+"""Which calibrator makes the confidence believable: each one against the model's own output.
+
+    python calibration_demo.py
+    python calibration_demo.py --model finetuned --json --no-images
+    python calibration_demo.py --pitfalls
+
+Calibrators are fitted, and one of them chosen, on calibration rows; all numbers are of test rows of
+evaluation_cache/. --pitfalls shows on the same rows how numbers like these go wrong. Draws
+images/calibration/calibrator_comparison.png and the reliability_*.png beside it. Exit codes:
+0 done, 1 failed, 2 bad usage.
+"""
+
+import argparse
+import json
+import sys
+import textwrap
+
+from settings import UserError, add_cache_arguments
+
+WIDTH = 92  # characters of a line of prose
+CALIBRATION_ERRORS = ("ece", "smooth_ece", "miscalibration")
+IMAGES = (
+    "calibration/calibrator_comparison.png",
+    "calibration/reliability_raw_model_output.png",
+    "calibration/reliability_platt_scaling.png",
+    "calibration/reliability_isotonic_regression.png",
+)
+
+
+def parse_arguments(arguments=None):
+    parser = argparse.ArgumentParser(
+        description="Compare every calibrator with the model's own probabilities.",
+        epilog="Exit codes: 0 done, 1 failed, 2 bad usage.",
+    )
+    add_cache_arguments(parser)
+    parser.add_argument(
+        "--model", choices=("base", "finetuned"), help="one model (default: all of the cache)"
+    )
+    parser.add_argument(
+        "--pitfalls", action="store_true", help="show how such numbers go wrong; draws nothing"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, no tables")
+    parser.add_argument("--no-images", action="store_true", help="draw nothing")
+    return parser.parse_args(arguments)
+
+
+def scores_text(table, score, title):
+    from report import text_table, with_interval
+
+    rows = []
+    for row in table["calibrators"]:
+        cells = [row["name"], with_interval(row["metrics"][score]), "", ""]
+        if row["difference"] is not None:
+            difference = row["difference"][score]
+            cells[2:] = [with_interval(difference), f"{difference['p_value_holm']:.2g}"]
+        rows.append(cells)
+    return text_table(["calibrator", title, "minus that of raw", "p (Holm)"], rows)
+
+
+def differences_text(table):
+    lines = [
+        "How to read it: lower is better, in brackets the 95 % interval, with near-duplicates "
+        "drawn together. The difference to raw is taken row by row; p is the probability of one at "
+        "least as large if there were none, corrected for the number of calibrators.",
+    ]
+    for key in ("better", "worse"):
+        names = ", ".join(table[key]) or "none"
+        lines.append(f"Log-loss {key} than raw by more than chance (p < 0.05): {names}.")
+    return "\n".join(textwrap.fill(line, WIDTH) for line in lines)
+
+
+def errors_text(table):
+    from report import text_table, with_interval
+
+    rows = []
+    for row in table["calibrators"]:
+        cells = [row["name"]]
+        for name in CALIBRATION_ERRORS:
+            error = row["metrics"][name]
+            cells += [with_interval(error), f"{error['null_p95']:.3f}"]
+        rows.append(cells)
+    header = ["calibrator", "ECE", "null", "smooth ECE", "null", "miscalibration", "null"]
+    return (
+        f"{text_table(header, rows)}\n\n"
+        "How to read it: lower is better. null is what a perfectly calibrated model with the same\n"
+        "confidences stays below in 95 % of samples of this size, were all rows independent: an\n"
+        "error below it is no evidence of one. The 95 % intervals of these errors are biased\n"
+        "upward. Miscalibration is the part of the Brier score that calibration could remove."
+    )
+
+
+def selection_text(table):
+    from report import text_table
+
+    selection = table["selection"]
+    rows = [
+        [
+            name,
+            f"{row['log_loss']:.4f}",
+            f"{row['difference']:.4f}",
+            f"{row['difference_standard_error']:.4f}",
+            "chosen" if name == selection["chosen"] else "",
+        ]
+        for name, row in selection["calibrators"].items()
+    ]
+    header = ["calibrator", "cross-fitted log-loss", "above lowest", "standard error", ""]
+    return (
+        f"{text_table(header, rows)}\n\n"
+        f"Chosen: {selection['chosen']}. Each calibrator predicted calibration rows that it was\n"
+        "not fitted on. Of those within one standard error of the lowest log-loss the first in\n"
+        "this list, which runs from simple to flexible, is taken. Test rows and ECE choose nothing."
+    )
+
+
+def model_text(table):
+    from report import MODEL_TITLES, percent
+
+    width, clipped = table["venn_abers_width"], table["isotonic_clipped"]
+    others = (
+        "Venn-Abers gives an interval of the probability instead of one number: its width is "
+        f"{width['mean']:.3f} on average, {width['median']:.3f} in the median, "
+        f"{width['largest']:.3f} at most. Of the values of isotonic regression "
+        f"{percent(clipped['calibration'])} on calibration rows and {percent(clipped['test'])} on "
+        "test rows would have been exactly 0 or 1; they were clipped."
+    )
+    return "\n\n".join(
+        [
+            f"{MODEL_TITLES[table['model']]}: {table['n']:,} test rows in {table['n_groups']:,} "
+            f"near-duplicate groups, calibrators fitted on {table['n_calibration']:,} others",
+            scores_text(table, "log_loss", "log-loss, nats"),
+            scores_text(table, "brier", "Brier score"),
+            differences_text(table),
+            errors_text(table),
+            selection_text(table),
+            textwrap.fill(others, WIDTH),
+        ]
+    )
+
+
+def pitfalls_text(table):
+    from report import MODEL_TITLES
+
+    parts = [f"How numbers like these go wrong: {MODEL_TITLES[table['model']]}"]
+    for i, (key, text) in enumerate(PITFALLS.items(), start=1):
+        parts.append(f"{i}. {text(table[key])}")
+    return "\n\n\n".join(parts)
+
+
+def same_rows_text(table):
+    from report import text_table
+
+    rows = []
+    for split, title in (
+        ("calibration", "wrong: rows it was fitted on"),
+        ("test", "right: test rows"),
+    ):
+        of = table[split]
+        numbers = (of["ece"], of["ece_null_mean"], of["log_loss"])
+        rows.append([title, f"{of['n']:,}", *(f"{number:.3f}" for number in numbers)])
+    header = ["isotonic regression judged on", "rows", "ECE", "if perfect", "log-loss"]
+    return (
+        "Fitted and judged on the same rows\n\n"
+        f"{text_table(header, rows)}\n\n"
+        "Isotonic regression gives a row the share of right answers around it. Judged on its own\n"
+        "rows it has seen the answers: with two labels its ECE is 0 there by construction."
+    )
+
+
+def platt_text(table):
+    from report import text_table, with_interval
+
+    rows = [
+        ["raw, not calibrated", f"{table['raw']:.4f}"],
+        ["right: on the margin", f"{table['margin']:.4f}"],
+        ["wrong: on the probabilities", f"{table['probabilities']:.4f}"],
+    ]
+    difference = table["difference"]
+    return (
+        "Platt scaling of probabilities instead of margins\n\n"
+        f"{text_table(['Platt scaling', 'log-loss'], rows)}\n\n"
+        f"wrong minus right: {with_interval(difference, digits=4)}, "
+        f"p = {difference['p_value']:.2g}\n\n"
+        "No sigmoid of a probability is the identity: it bends even a perfectly calibrated model\n"
+        "out of shape, while a sigmoid of the margin can leave it as it is."
+    )
+
+
+def empty_bins_text(table):
+    from report import text_table
+
+    rows = [
+        [
+            str(row["n_bins"]),
+            f"{row['mce']:.3f}",
+            f"{row['count']:,}",
+            f"{row['null_mean']:.3f}",
+            f"{row['ece']:.3f}",
+            f"{row['ece_null_mean']:.3f}",
+        ]
+        for row in table
+    ]
+    header = ["bins", "wrong: MCE", "rows in its bin", "if perfect", "right: ECE", "if perfect"]
+    return (
+        "A maximum calibration error that a nearly empty bin decides (after Platt scaling)\n\n"
+        f"{text_table(header, rows)}\n\n"
+        "The largest gap is found where the fewest rows are, and moves with the number of bins;\n"
+        "the ECE weighs each bin by its rows. Neither means anything without its value for a\n"
+        "perfectly calibrated model."
+    )
+
+
+def cutoffs_text(table):
+    from report import percent, text_table
+
+    rows = [
+        [
+            percent(row["alpha"]),
+            *(
+                percent(row[way][key])
+                for key in ("broken", "automated")
+                for way in ("naive", "certified")
+            ),
+        ]
+        for row in table
+    ]
+    header = [
+        "promised error",
+        "wrong: naive broken",
+        "right: certified broken",
+        "naive automates",
+        "certified automates",
+    ]
+    return (
+        "Cut-offs that look good on the rows that chose them\n\n"
+        f"{text_table(header, rows)}\n\n"
+        "Cut-offs chosen on random draws from the calibration rows, judged on all of them. The\n"
+        "lowest one that kept the promise on its draw (naive) was often lucky; a certified one\n"
+        "may break it in 10 % of the draws, and automates less, or nothing, where it is not sure."
+    )
+
+
+PITFALLS = {
+    "same_rows": same_rows_text,
+    "platt_on_probabilities": platt_text,
+    "empty_bins": empty_bins_text,
+    "naive_cutoffs": cutoffs_text,
+}
+
+
+def report_calibration(settings):
+    from comparison import calibrator_comparison, load_models, pitfalls
+    from decisions import load_model
+
+    if settings.model is None:
+        models = list(load_models(settings.cache_dir).values())
+    else:
+        models = [load_model(settings.cache_dir, settings.model)]
+    make, text = (
+        (pitfalls, pitfalls_text) if settings.pitfalls else (calibrator_comparison, model_text)
+    )
+    tables = {model.name: make(model) for model in models}
+    if settings.json:
+        print(json.dumps(tables, allow_nan=False))
+    else:
+        print("\n\n\n".join(map(text, tables.values())))
+    if not settings.no_images and not settings.pitfalls:
+        draw_images(settings)
+
+
+def draw_images(settings):
+    import charts
+
+    evaluation = charts.load_evaluation(settings.cache_dir)
+    for chart in charts.CHARTS:
+        if chart.file in IMAGES:
+            print(charts.draw(chart, evaluation, settings.images_dir), file=sys.stderr)
+
+
+def main(arguments=None):
+    settings = parse_arguments(arguments)
+    try:
+        report_calibration(settings)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
