@@ -144,7 +144,7 @@ def _defined(name, value):
     return float(value)
 
 
-def _confidence_and_correct(confidence, correct):
+def as_confidence_and_correct(confidence, correct):
     confidence = as_vector("confidence", confidence, 0.0, 1.0)
     correct = as_flags("correct", correct)
     check_same_length(confidence=confidence, correct=correct)
@@ -397,7 +397,7 @@ def expected_calibration_error(confidence, correct, n_bins=20, binning="width"):
     Source: Guo et al. 2017, eq. 3, https://arxiv.org/abs/1706.04599 ; equal mass: Nguyen and
     O'Connor 2015, https://arxiv.org/abs/1508.05154
     """
-    cells = _cells(*_confidence_and_correct(confidence, correct))
+    cells = _cells(*as_confidence_and_correct(confidence, correct))
     return float(_ece(cells, as_count("n_bins", n_bins), binning)[0])
 
 
@@ -409,7 +409,7 @@ def maximum_calibration_error(confidence, correct, n_bins=20):
     decides, so the count belongs beside the value. Of equal gaps the lowest bin decides.
     Source: Guo et al. 2017, eq. 5, https://arxiv.org/abs/1706.04599
     """
-    cells = _cells(*_confidence_and_correct(confidence, correct))
+    cells = _cells(*as_confidence_and_correct(confidence, correct))
     rows, gap = _bin_gaps(cells, as_count("n_bins", n_bins))
     worst = int(gap[0].argmax())
     return float(gap[0, worst]), int(rows[0, worst])
@@ -424,7 +424,7 @@ def debiased_squared_calibration_error(confidence, correct, n_bins=20):
     counts as 0. Raises ValueError for a single row.
     Source: Kumar et al. 2019, https://arxiv.org/abs/1909.10155
     """
-    cells = _cells(*_confidence_and_correct(confidence, correct))
+    cells = _cells(*as_confidence_and_correct(confidence, correct))
     error = _squared_error(cells, as_count("n_bins", n_bins))[0]
     return _defined("squared_calibration_error", error)
 
@@ -439,7 +439,7 @@ def smooth_calibration_error(confidence, correct):
     n like every calibration error.
     Source: Błasiok and Nakkiran 2023, https://arxiv.org/abs/2309.12236
     """
-    return float(_smooth_error(_cells(*_confidence_and_correct(confidence, correct)))[0])
+    return float(_smooth_error(_cells(*as_confidence_and_correct(confidence, correct)))[0])
 
 
 def _null_errors(confidence, names, n_bins, n_draws, seed):
@@ -557,7 +557,7 @@ def reliability_diagram(
     Source: Bröcker and Smith 2007, https://doi.org/10.1175/WAF993.1 ; the CORP curve: Dimitriadis
     et al. 2021, https://doi.org/10.1073/pnas.2016191118
     """
-    confidence, correct = _confidence_and_correct(confidence, correct)
+    confidence, correct = as_confidence_and_correct(confidence, correct)
     n_bins, n_null = as_count("n_bins", n_bins), as_count("n_null", n_null)
     cells = _cells(confidence, correct)
     start, edges = _bins(cells, n_bins, binning)
@@ -747,7 +747,7 @@ def risk_coverage_curve(confidence, correct):
     promise for new rows: a threshold chosen here was chosen to look good here.
     Source: El-Yaniv and Wiener 2010, https://jmlr.org/papers/v11/el-yaniv10a.html
     """
-    cells = _cells(*_confidence_and_correct(confidence, correct))
+    cells = _cells(*as_confidence_and_correct(confidence, correct))
     rows, errors, rows_above, errors_above = (part[0] for part in cells.descending)
     covered = rows_above + rows
     return {
@@ -765,7 +765,7 @@ def aurc(confidence, correct):
     Depends on the accuracy as much as on the ranking: compare `excess_aurc` or `augrc` as well.
     Source: Geifman et al. 2019, https://arxiv.org/abs/1805.08206
     """
-    return float(_aurc(_cells(*_confidence_and_correct(confidence, correct)))[0])
+    return float(_aurc(_cells(*as_confidence_and_correct(confidence, correct)))[0])
 
 
 def excess_aurc(confidence, correct):
@@ -775,7 +775,7 @@ def excess_aurc(confidence, correct):
     The perfect ranking's area is summed exactly, not approximated.
     Source: Geifman et al. 2019, https://arxiv.org/abs/1805.08206
     """
-    return float(_excess_aurc(_cells(*_confidence_and_correct(confidence, correct)))[0])
+    return float(_excess_aurc(_cells(*as_confidence_and_correct(confidence, correct)))[0])
 
 
 def augrc(confidence, correct):
@@ -788,7 +788,7 @@ def augrc(confidence, correct):
     (1 − AUROC) · accuracy · (1 − accuracy) + (1 − accuracy)² / 2.
     Source: Traub et al. 2024, https://arxiv.org/abs/2407.01032
     """
-    return float(_augrc(_cells(*_confidence_and_correct(confidence, correct)))[0])
+    return float(_augrc(_cells(*as_confidence_and_correct(confidence, correct)))[0])
 
 
 def accuracy_at_coverage(confidence, correct, coverage):
@@ -797,7 +797,7 @@ def accuracy_at_coverage(confidence, correct, coverage):
     confidence: (n,) float in [0, 1]; correct: (n,) bool; coverage: float in [0, 1]. A tie at the
     cut counts as the mean over all its orders. Returns a float in [0, 1].
     """
-    cells = _cells(*_confidence_and_correct(confidence, correct))
+    cells = _cells(*as_confidence_and_correct(confidence, correct))
     return float(_accuracy_at_coverage(cells, _as_share("coverage", coverage))[0])
 
 
@@ -808,7 +808,7 @@ def coverage_at_risk(confidence, correct, risk):
     Returns a float in [0, 1], 0 when no threshold does. Thresholds do not divide a tie. Describes
     these rows; on new rows the cut-off found here exceeds the risk about half the time.
     """
-    cells = _cells(*_confidence_and_correct(confidence, correct))
+    cells = _cells(*as_confidence_and_correct(confidence, correct))
     return float(_coverage_at_risk(cells, _as_share("risk", risk))[0])
 
 
@@ -847,7 +847,7 @@ def kuiper_test(confidence, correct):
     Source: Arrieta-Ibarra et al. 2022 (ECCE-R), https://jmlr.org/papers/v23/22-0658.html ; law of
     the range: Feller 1951, https://doi.org/10.1214/aoms/1177729589
     """
-    statistic, p_value = _kuiper(_cells(*_confidence_and_correct(confidence, correct)))
+    statistic, p_value = _kuiper(_cells(*as_confidence_and_correct(confidence, correct)))
     return {"statistic": _defined("kuiper", statistic), "p_value": float(p_value)}
 
 
@@ -861,7 +861,7 @@ def spiegelhalter_test(confidence, correct):
     Raises ValueError when every confidence is 0, 0.5 or 1.
     Source: Spiegelhalter 1986, https://doi.org/10.1002/sim.4780050506
     """
-    statistic, p_value = _spiegelhalter(_cells(*_confidence_and_correct(confidence, correct)))
+    statistic, p_value = _spiegelhalter(_cells(*as_confidence_and_correct(confidence, correct)))
     return {"statistic": _defined("spiegelhalter", statistic), "p_value": float(p_value)}
 
 

@@ -37,6 +37,7 @@ from risk_control import (
     naive_threshold,
     selective_risk,
     split_calibration_rows,
+    units_needed,
 )
 from settings import UserError
 
@@ -415,7 +416,7 @@ def units_to_certify(error, alpha, delta=DELTA, power=POWER):
     """
     if error >= alpha:
         return None
-    least = certify_threshold([1.0], [True], alpha, delta)["units_needed"]
+    least = units_needed(alpha, delta)
     n_steps = int(np.log(MOST_UNITS / least) / np.log(1.005)) + 1
     m = np.unique(np.ceil(least * 1.005 ** np.arange(n_steps)))
     # The most errors that pass: the largest c with P(at most c errors of m | alpha) ≤ delta.

@@ -18,7 +18,7 @@ import numpy as np
 
 from settings import SPLITS, Task, UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 TOKEN_PROBABILITY = "token_probability"
 CONSISTENCY = "consistency"
 # File names in evaluation_cache/, by the name of the model.

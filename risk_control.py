@@ -18,7 +18,7 @@ from numbers import Real
 import numpy as np
 from scipy.special import bdtr, betaincinv
 
-from calibration_metrics import as_flags, as_vector, check_same_length
+from calibration_metrics import as_confidence_and_correct, as_flags, check_same_length
 
 
 def _as_open_share(name, value):
@@ -26,13 +26,6 @@ def _as_open_share(name, value):
     if not isinstance(value, Real) or not 0 < value < 1:
         raise ValueError(f"{name} must lie strictly between 0 and 1, got {value!r}")
     return float(value)
-
-
-def _confidence_and_correct(confidence, correct):
-    confidence = as_vector("confidence", confidence, 0.0, 1.0)
-    correct = as_flags("correct", correct)
-    check_same_length(confidence=confidence, correct=correct)
-    return confidence, correct
 
 
 def _as_group(group, confidence):
@@ -59,6 +52,12 @@ def _candidates(confidence, correct):
     ordered = confidence[order]
     last = np.append(np.flatnonzero(np.diff(ordered)), len(ordered) - 1)  # of each tie
     return ordered[last], last + 1, np.cumsum(~correct[order])[last]
+
+
+def units_needed(alpha, delta=0.1):
+    """Independent units below which `certify_threshold` certifies nothing."""
+    alpha, delta = _as_open_share("alpha", alpha), _as_open_share("delta", delta)
+    return 2 * math.ceil(math.log(delta) / math.log1p(-alpha)) + 1
 
 
 def certify_threshold(confidence, correct, alpha, delta=0.1, group=None, seed=0):
@@ -105,13 +104,13 @@ def certify_threshold(confidence, correct, alpha, delta=0.1, group=None, seed=0)
     Source: Angelopoulos et al. 2021, https://arxiv.org/abs/2110.01052 ; binomial tail: Clopper and
     Pearson 1934, https://doi.org/10.1093/biomet/26.4.404
     """
-    confidence, correct = _confidence_and_correct(confidence, correct)
+    confidence, correct = as_confidence_and_correct(confidence, correct)
     alpha, delta = _as_open_share("alpha", alpha), _as_open_share("delta", delta)
     n = len(confidence)
     unit = slice(None) if group is None else _one_row_a_group(_as_group(group, confidence), seed)
     unit_correct = correct[unit]
     threshold, count, errors = _candidates(confidence[unit], unit_correct)
-    needed = 2 * math.ceil(math.log(delta) / math.log1p(-alpha)) + 1
+    needed = units_needed(alpha, delta)
     result = {
         "threshold": None,
         "alpha": alpha,
@@ -165,7 +164,7 @@ def naive_threshold(confidence, correct, alpha):
     rows, it breaks alpha on new ones about every second time. For contrast with
     `certify_threshold`.
     """
-    confidence, correct = _confidence_and_correct(confidence, correct)
+    confidence, correct = as_confidence_and_correct(confidence, correct)
     alpha = _as_open_share("alpha", alpha)
     threshold, count, errors = _candidates(confidence, correct)
     kept = np.flatnonzero(errors / count <= alpha)
@@ -204,7 +203,7 @@ def selective_risk(confidence, correct, threshold, group=None, level=0.95):
     Source: an effective number of rows in Clopper and Pearson's limit: Korn and Graubard 1998,
     Survey Methodology 24, 193–201
     """
-    confidence, correct = _confidence_and_correct(confidence, correct)
+    confidence, correct = as_confidence_and_correct(confidence, correct)
     level = _as_open_share("level", level)
     if threshold is not None and (not isinstance(threshold, Real) or not 0 <= threshold <= 1):
         raise ValueError(f"threshold must be None or lie in [0, 1], got {threshold!r}")

@@ -9,6 +9,7 @@ import numpy as np
 
 from comparison import judge_calibrators
 from records import (
+    SCHEMA_VERSION,
     Example,
     ModelResults,
     label_probabilities,
@@ -89,7 +90,7 @@ def write_cache(folder, task=SENTIMENT, n=2000, finetuned=True, bins=20):
     write_json(
         folder / "calibrated_results.json",
         {
-            "schema_version": 1,
+            "schema_version": SCHEMA_VERSION,
             "task": task.to_json(),
             "models": {
                 name: {
@@ -117,7 +118,7 @@ def write_cache(folder, task=SENTIMENT, n=2000, finetuned=True, bins=20):
     write_json(
         folder / "evaluation_metadata.json",
         {
-            "schema_version": 1,
+            "schema_version": SCHEMA_VERSION,
             "fingerprint": f"{task.name}-{n}-{finetuned}",
             "settings": {"evaluation": asdict(evaluation)},
             "training": training,

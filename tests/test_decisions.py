@@ -16,7 +16,7 @@ from calibration_metrics import (
     wilson_interval,
 )
 from decisions import Answers, ScoredAnswers
-from records import write_json
+from records import SCHEMA_VERSION, write_json
 from settings import SENTIMENT, UserError
 from simulated_cache import TOPIC, simulate, simulated_cache
 
@@ -481,6 +481,6 @@ def test_the_model_asked_for_is_the_one_that_is_read(tmp_path):
     assert decisions.load_model(folder).name == "base"
     with pytest.raises(UserError, match="has no fine-tuned model; run: python fine_tune"):
         decisions.load_model(folder, "finetuned")
-    write_json(tmp_path / "calibrated_results.json", {"schema_version": 1, "models": {}})
+    write_json(tmp_path / "calibrated_results.json", {"schema_version": SCHEMA_VERSION, "models": {}})
     with pytest.raises(UserError, match="is damaged"):
         decisions.load_model(tmp_path)

@@ -406,7 +406,7 @@ def test_partial_file_damaged_in_the_middle_gives_back_the_rows_before(tmp_path,
         lambda text: text.replace('"split": "test"', '"split": "exam"'),
         lambda text: "[]",
         lambda text: "",
-        lambda text: text.replace('"schema_version": 1', '"schema_version": 99'),
+        lambda text: text.replace('"schema_version": 2', '"schema_version": 99'),
     ],
 )
 def test_damaged_cache_file_is_a_clear_error(tmp_path, evaluated, damage):

@@ -321,8 +321,8 @@ def test_a_folder_in_place_of_a_file_names_the_next_step(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.pop("schema_version"), "has schema None, not 1"),
-        (lambda d: d.update(schema_version=SCHEMA_VERSION + 1), "has schema 2, not 1"),
+        (lambda d: d.pop("schema_version"), "has schema None, not 2"),
+        (lambda d: d.update(schema_version=SCHEMA_VERSION + 1), "has schema 3, not 2"),
         (lambda d: d.pop("task"), "is damaged (KeyError: 'task')"),
         (lambda d: d.update(predictions=None), "is damaged (TypeError"),
         (lambda d: d["predictions"][0].update(colour="red"), "unknown prediction field 'colour'"),
