@@ -139,11 +139,10 @@ def _model_evaluation(name, entry, results):
         raise ValueError(f"{name}: {min(strangers)!r} is no test row")
     if test["ids"] != rows["id"].tolist():
         raise ValueError(f"{name}: its ids are not the test rows in their order")
-    if as_labels(f"{name} label", test["label"], len(results.task.labels)).tolist() != (
-        rows["label"].tolist()
-    ):
+    label = as_labels(f"{name} label", test["label"], len(results.task.labels))
+    if not np.array_equal(label, rows["label"]):
         raise ValueError(f"{name}: its labels differ from those of {name}_model_results.json")
-    expected = (len(rows["label"]), len(results.task.labels))
+    expected = (len(label), len(results.task.labels))
     if missing := [method for method in REQUIRED_METHODS if method not in test["methods"]]:
         raise ValueError(f"{name} has no {missing[0]!r}")
     probabilities, metrics = {}, {}

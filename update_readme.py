@@ -14,9 +14,9 @@ import subprocess
 import sys
 from statistics import mean
 
-from calibration_metrics import wilson_interval
 from records import atomic_path, load_results, read_json
 from report import (
+    MODEL_TITLES,
     category_accuracy,
     metrics_by_model,
     percent,
@@ -39,17 +39,26 @@ def results_block():
     return "\n".join(lines)
 
 
+def markdown_table(header, rows):
+    """The first column to the left, the others to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def calibration_block():
-    test = load_results(CACHE_DIR / "base_model_results.json").arrays("test")
-    sure = test["confidence"] >= 0.9
-    low, high = (float(v[0]) for v in wilson_interval([test["correct"][sure].sum()], [sure.sum()]))
-    raw = metrics_by_model(CACHE_DIR)["base"]["raw"]
-    platt = metrics_by_model(CACHE_DIR)["base"]["platt"]
+    from calibration_metrics import HIGH_CONFIDENCE, clustered_wilson_interval
+    from comparison import load_model
+
+    model = load_model(CACHE_DIR, "base")
+    confidence, correct = model.confidence("raw")
+    sure = confidence >= HIGH_CONFIDENCE
+    low, high = clustered_wilson_interval(correct[sure], model.group[sure])
+    raw, platt = model.metrics["raw"], model.metrics["platt"]
     return (
         f"The base model says it is {percent(raw['mean_confidence']['estimate'])} sure on average\n"
         f"and is right in {percent(raw['accuracy']['estimate'])} of the cases. Of the "
         f"{int(sure.sum())} test rows on which it claims\nat least 90 %, "
-        f"{percent(test['correct'][sure].mean())} are right (95 % Wilson interval "
+        f"{percent(correct[sure].mean())} are right (95 % interval "
         f"{100 * low:.1f} to {100 * high:.1f}). Its expected\ncalibration error (ECE, 20 bins) is "
         f"{with_interval(raw['ece'])}, where a perfectly\ncalibrated model would show "
         f"{raw['ece']['null_mean']:.3f}; after Platt scaling it is\n"
@@ -57,7 +66,125 @@ def calibration_block():
     )
 
 
+def calibrators_block():
+    from comparison import calibrator_comparison, load_models
+
+    tables = [calibrator_comparison(model) for model in load_models(CACHE_DIR).values()]
+    header, rows = ["calibrator"], [[row["name"]] for row in tables[0]["calibrators"]]
+    for table in tables:
+        title = MODEL_TITLES[table["model"]]
+        header += [f"log-loss, {title}", "minus raw", "p (Holm)"]
+        for cells, row in zip(rows, table["calibrators"], strict=True):
+            difference = row["difference"] and row["difference"]["log_loss"]
+            chosen = " (chosen)" if row["name"] == table["selection"]["chosen"] else ""
+            cells += [f"{row['metrics']['log_loss']['estimate']:.3f}{chosen}"]
+            if difference:
+                cells += [with_interval(difference), f"{difference['p_value_holm']:.2g}"]
+            else:
+                cells += ["", ""]
+    return markdown_table(header, rows)
+
+
+def pitfalls_block():
+    from comparison import load_model, pitfalls
+
+    table = pitfalls(load_model(CACHE_DIR, "base"))
+    same, platt = table["same_rows"], table["platt_on_probabilities"]
+    bins = {row["n_bins"]: row for row in table["empty_bins"]}
+    few, many = bins[min(bins)], bins[max(bins)]
+    cuts = [row for row in table["naive_cutoffs"] if row["naive"]["automated"] > 0]
+    worst = max(cuts, key=lambda row: row["naive"]["broken"])
+    rows = [
+        [
+            "isotonic regression judged on the rows it was fitted on",
+            f"ECE {same['calibration']['ece']:.3f}, log-loss {same['calibration']['log_loss']:.3f}",
+            f"ECE {same['test']['ece']:.3f}, log-loss {same['test']['log_loss']:.3f} on test rows",
+        ],
+        [
+            "Platt scaling of probabilities",
+            f"log-loss {platt['probabilities']:.4f}",
+            f"log-loss {platt['margin']:.4f} on the margin "
+            f"(difference {with_interval(platt['difference'], digits=4)})",
+        ],
+        [
+            "maximum calibration error",
+            f"{few['mce']:.3f} with {few['n_bins']} bins, {many['mce']:.3f} with "
+            f"{many['n_bins']} (decided by {many['count']} rows)",
+            f"ECE {few['ece']:.3f} and {many['ece']:.3f}; a perfectly calibrated model shows an "
+            f"MCE of {many['null_mean']:.3f} with {many['n_bins']} bins",
+        ],
+        [
+            f"cut-off for at most {percent(worst['alpha'])} errors, picked where it looks good",
+            f"breaks its promise in {percent(worst['naive']['broken'])} of the draws",
+            f"certified: in {percent(worst['certified']['broken'])} "
+            f"(allowed: 10 %), automating {percent(worst['certified']['automated'])} instead of "
+            f"{percent(worst['naive']['automated'])}",
+        ],
+    ]
+    return markdown_table(["what is done", "wrong", "right"], rows)
+
+
+def automation_block():
+    from comparison import load_models
+    from decisions import automation, score_answers
+
+    model = list(load_models(CACHE_DIR).values())[-1]
+    calibration, test = (model.results.arrays(split) for split in ("calibration", "test"))
+    table = automation(score_answers(calibration, test))
+    rows = []
+    for promise in table["promises"]:
+        for way in ("certified", "naive"):
+            cut, on_test = promise[way], promise[way]["test"]
+            measured = ["nothing automated", ""]
+            if on_test["automated"]:
+                measured = [
+                    f"{percent(on_test['coverage'])}, {percent(on_test['risk'])} wrong",
+                    "kept" if on_test["kept"] else "broken",
+                ]
+            threshold = "none" if cut["threshold"] is None else f"{cut['threshold']:.3f}"
+            rows.append([f"{100 * promise['promise']:g} % right, {way}", threshold, *measured])
+    return markdown_table(["promise", "threshold", "automated on test rows", "promise"], rows)
+
+
+def sample_size_block():
+    from comparison import load_models
+    from decisions import labels_needed, sample_size_curves
+
+    model = list(load_models(CACHE_DIR).values())[-1]
+    calibration, test = (model.results.arrays(split) for split in ("calibration", "test"))
+    curves = sample_size_curves(calibration, test)
+    rows = [
+        [
+            f"{size['n']:,}",
+            *(f"{size[method]['log_loss']['mean']:.3f}" for method in ("platt", "isotonic")),
+            *(f"{size[method]['ece']['mean']:.3f}" for method in ("platt", "isotonic")),
+            f"{size['null_ece']['mean']:.3f}",
+            percent(size["certified"]["share"]),
+        ]
+        for size in curves["sizes"]
+    ]
+    header = [
+        "calibration rows",
+        "log-loss, Platt",
+        "isotonic",
+        "ECE, Platt",
+        "isotonic",
+        "ECE of a perfect model measured on so many rows",
+        f"draws in which {percent(curves['promise'])} right could be certified",
+    ]
+    least = labels_needed(calibration)["minimum"]
+    needed = ", ".join(f"{row['rows']:,} for {100 * row['promise']:g} %" for row in least)
+    return (
+        f"{markdown_table(header, rows)}\n\n"
+        "With fewer labelled rows than these not even answers without a single error can be\n"
+        f"certified: {needed}."
+    )
+
+
 def finetuning_block():
+    from comparison import load_models, model_comparison
+
+    paired = model_comparison(*load_models(CACHE_DIR).values())["methods"]["selected"]
     metrics = metrics_by_model(CACHE_DIR)
     base, tuned = metrics["base"], metrics["finetuned"]
     gain = 100 * (tuned["raw"]["accuracy"]["estimate"] - base["raw"]["accuracy"]["estimate"])
@@ -74,7 +201,10 @@ def finetuning_block():
         f"Accuracy on the test rows changes by {gain:+.1f} points; by kind of text:\n\n"
         + "\n".join(lines)
         + f"\n\nLog-loss after Platt scaling: {with_interval(base['platt']['log_loss'])} before,\n"
-        f"{with_interval(tuned['platt']['log_loss'])} after."
+        f"{with_interval(tuned['platt']['log_loss'])} after. Paired on the same rows, each model\n"
+        f"with its chosen calibrator: accuracy {with_interval(paired['accuracy'], 100, 1)} points\n"
+        f"(p = {paired['accuracy']['p_value_holm']:.2g}), log-loss "
+        f"{with_interval(paired['log_loss'])} (p = {paired['log_loss']['p_value_holm']:.2g})."
     )
 
 
@@ -120,6 +250,10 @@ def example_block(text):
 BLOCKS = {
     "results": results_block,
     "calibration": calibration_block,
+    "calibrators": calibrators_block,
+    "pitfalls": pitfalls_block,
+    "automation": automation_block,
+    "samplesize": sample_size_block,
     "finetuning": finetuning_block,
     "cost": cost_block,
     "embedded": embedded_block,

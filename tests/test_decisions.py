@@ -481,6 +481,7 @@ def test_the_model_asked_for_is_the_one_that_is_read(tmp_path):
     assert decisions.load_model(folder).name == "base"
     with pytest.raises(UserError, match="has no fine-tuned model; run: python fine_tune"):
         decisions.load_model(folder, "finetuned")
-    write_json(tmp_path / "calibrated_results.json", {"schema_version": SCHEMA_VERSION, "models": {}})
+    empty = {"schema_version": SCHEMA_VERSION, "models": {}}
+    write_json(tmp_path / "calibrated_results.json", empty)
     with pytest.raises(UserError, match="is damaged"):
         decisions.load_model(tmp_path)
