@@ -14,9 +14,9 @@ import argparse
 import json
 import math
 import sys
-import textwrap
 from dataclasses import replace
 
+from report import MODEL_TITLES, percent, prose, text_table, with_interval
 from settings import UserError, add_cache_arguments
 
 IMAGES = (
@@ -24,7 +24,6 @@ IMAGES = (
     "calibration/business_reliability_progression.png",
     "calibration/certified_thresholds.png",
 )
-WIDTH = 92  # characters of a line of prose
 ZONE_METHOD = "platt"
 
 
@@ -96,15 +95,7 @@ def analyse(model, cost_error, cost_review):
     }
 
 
-def prose(text):
-    """Lines of WIDTH characters; a number and its % stay together."""
-    lines = textwrap.fill(text.replace(" %", "\N{NO-BREAK SPACE}%"), WIDTH, break_on_hyphens=False)
-    return lines.replace("\N{NO-BREAK SPACE}", " ")
-
-
 def zones_text(zones):
-    from report import percent, text_table, with_interval
-
     rows = []
     for zone in zones["table"]:
         measured = ["–", "–"]
@@ -133,8 +124,6 @@ def promise_text(promise):
 
 def certified_text(row):
     """One promise in words: what was certified, and what no threshold could avoid."""
-    from report import percent
-
     certified = row["certified"]
     if certified["threshold"] is None:
         outcome = (
@@ -154,8 +143,6 @@ def certified_text(row):
 
 
 def automation_text(table):
-    from report import percent, text_table
-
     rows = []
     for promise in table["promises"]:
         for way in ("certified", "naive"):
@@ -187,8 +174,6 @@ def automation_text(table):
 
 
 def costs_text(costs):
-    from report import percent, text_table
-
     rows = []
     for row in costs["table"]:
         name = row["policy"]
@@ -216,14 +201,11 @@ def draw_images(settings, model_name):
     evaluation = charts.load_evaluation(settings.cache_dir)
     if model_name == "base":
         evaluation = replace(evaluation, finetuned=None)
-    for chart in charts.CHARTS:
-        if chart.file in IMAGES:
-            print(charts.draw(chart, evaluation, settings.images_dir), file=sys.stderr)
+    charts.draw_some(charts.named(IMAGES), evaluation, settings.images_dir)
 
 
 def report_reliability(settings):
-    from decisions import load_model
-    from report import MODEL_TITLES
+    from comparison import load_model
 
     model = load_model(settings.cache_dir, settings.model)
     numbers = analyse(model, settings.cost_error, settings.cost_review)

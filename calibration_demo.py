@@ -13,11 +13,10 @@ images/calibration/calibrator_comparison.png and the reliability_*.png beside it
 import argparse
 import json
 import sys
-import textwrap
 
+from report import MODEL_TITLES, percent, prose, text_table, with_interval
 from settings import UserError, add_cache_arguments
 
-WIDTH = 92  # characters of a line of prose
 CALIBRATION_ERRORS = ("ece", "smooth_ece", "miscalibration")
 IMAGES = (
     "calibration/calibrator_comparison.png",
@@ -45,8 +44,6 @@ def parse_arguments(arguments=None):
 
 
 def scores_text(table, score, title):
-    from report import text_table, with_interval
-
     rows = []
     for row in table["calibrators"]:
         cells = [row["name"], with_interval(row["metrics"][score]), "", ""]
@@ -66,12 +63,10 @@ def differences_text(table):
     for key in ("better", "worse"):
         names = ", ".join(table[key]) or "none"
         lines.append(f"Log-loss {key} than raw by more than chance (p < 0.05): {names}.")
-    return "\n".join(textwrap.fill(line, WIDTH) for line in lines)
+    return "\n".join(prose(line) for line in lines)
 
 
 def errors_text(table):
-    from report import text_table, with_interval
-
     rows = []
     for row in table["calibrators"]:
         cells = [row["name"]]
@@ -90,8 +85,6 @@ def errors_text(table):
 
 
 def selection_text(table):
-    from report import text_table
-
     selection = table["selection"]
     rows = [
         [
@@ -113,8 +106,6 @@ def selection_text(table):
 
 
 def model_text(table):
-    from report import MODEL_TITLES, percent
-
     width, clipped = table["venn_abers_width"], table["isotonic_clipped"]
     others = (
         "Venn-Abers gives an interval of the probability instead of one number: its width is "
@@ -132,14 +123,12 @@ def model_text(table):
             differences_text(table),
             errors_text(table),
             selection_text(table),
-            textwrap.fill(others, WIDTH),
+            prose(others),
         ]
     )
 
 
 def pitfalls_text(table):
-    from report import MODEL_TITLES
-
     parts = [f"How numbers like these go wrong: {MODEL_TITLES[table['model']]}"]
     for i, (key, text) in enumerate(PITFALLS.items(), start=1):
         parts.append(f"{i}. {text(table[key])}")
@@ -147,8 +136,6 @@ def pitfalls_text(table):
 
 
 def same_rows_text(table):
-    from report import text_table
-
     rows = []
     for split, title in (
         ("calibration", "wrong: rows it was fitted on"),
@@ -167,8 +154,6 @@ def same_rows_text(table):
 
 
 def platt_text(table):
-    from report import text_table, with_interval
-
     rows = [
         ["raw, not calibrated", f"{table['raw']:.4f}"],
         ["right: on the margin", f"{table['margin']:.4f}"],
@@ -186,8 +171,6 @@ def platt_text(table):
 
 
 def empty_bins_text(table):
-    from report import text_table
-
     rows = [
         [
             str(row["n_bins"]),
@@ -210,8 +193,6 @@ def empty_bins_text(table):
 
 
 def cutoffs_text(table):
-    from report import percent, text_table
-
     rows = [
         [
             percent(row["alpha"]),
@@ -248,8 +229,7 @@ PITFALLS = {
 
 
 def report_calibration(settings):
-    from comparison import calibrator_comparison, load_models, pitfalls
-    from decisions import load_model
+    from comparison import calibrator_comparison, load_model, load_models, pitfalls
 
     if settings.model is None:
         models = list(load_models(settings.cache_dir).values())
@@ -264,16 +244,11 @@ def report_calibration(settings):
     else:
         print("\n\n\n".join(map(text, tables.values())))
     if not settings.no_images and not settings.pitfalls:
-        draw_images(settings)
+        import charts
 
-
-def draw_images(settings):
-    import charts
-
-    evaluation = charts.load_evaluation(settings.cache_dir)
-    for chart in charts.CHARTS:
-        if chart.file in IMAGES:
-            print(charts.draw(chart, evaluation, settings.images_dir), file=sys.stderr)
+        charts.draw_some(
+            charts.named(IMAGES), charts.load_evaluation(settings.cache_dir), settings.images_dir
+        )
 
 
 def main(arguments=None):

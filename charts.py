@@ -11,6 +11,7 @@ is a 95 % interval. A bin or zone without rows is NaN in the numbers and empty i
 Layer 2: matplotlib lives here, and no model does.
 """
 
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from decisions import (
     zone_table,
 )
 from records import atomic_path, read_json
-from settings import EvaluationSettings, UserError
+from settings import IMAGES_MANIFEST, EvaluationSettings, UserError
 
 NEXT_STEP = "run: python generate_evaluation_cache.py --force"
 METHODS = {
@@ -1124,3 +1125,22 @@ def draw(chart, evaluation, images_dir):
     with atomic_path(path) as partial:
         image.save(partial, format="PNG")
     return path
+
+
+def named(files):
+    """The charts of these file names."""
+    return [chart for chart in CHARTS if chart.file in files]
+
+
+def draw_some(chosen, evaluation, images_dir):
+    """Draw some charts by themselves, and name each file on stderr.
+
+    The manifest of the folder is removed: it vouches for a whole set of one cache, which
+    `generate_all_charts.py` then draws again.
+    """
+    try:
+        (Path(images_dir) / IMAGES_MANIFEST).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{error}; choose another --images-dir") from error
+    for chart in chosen:
+        print(draw(chart, evaluation, images_dir), file=sys.stderr)

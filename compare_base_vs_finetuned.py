@@ -12,8 +12,8 @@ images/calibration/risk_coverage.png. Exit codes: 0 done, 1 failed, 2 bad usage.
 import argparse
 import json
 import sys
-import textwrap
 
+from report import percent, prose, text_table, with_interval
 from settings import UserError, add_cache_arguments
 
 IMAGES = (
@@ -21,7 +21,6 @@ IMAGES = (
     "fine_tuning/accuracy_comparison.png",
     "fine_tuning/calibration_error_comparison.png",
 )
-WIDTH = 92  # characters of a line of prose
 MEASURES = {  # name: title, factor and digits shown, whether lower is better
     "accuracy": ("accuracy, %", 100, 1, False),
     "log_loss": ("log-loss, nats", 1, 3, True),
@@ -61,8 +60,6 @@ def winner(difference, lower_is_better):
 
 def difference_cells(difference, measure):
     """Value of either model, the difference with its interval, p, and who wins."""
-    from report import with_interval
-
     _, factor, digits, lower_is_better = MEASURES[measure]
     values = [f"{factor * difference[name]:.{digits}f}" for name in ("base", "finetuned")]
     if difference["low"] is None:
@@ -76,8 +73,6 @@ HEADER = ["base", "fine-tuned", "difference", "p (Holm)", "better"]
 
 
 def method_text(method):
-    from report import text_table
-
     rows = [[MEASURES[name][0], *difference_cells(method[name], name)] for name in MEASURES]
     used = method["calibrator"]
     title = f"Confidence of the base model: {used['base']}; of the fine-tuned: {used['finetuned']}"
@@ -89,13 +84,11 @@ def method_text(method):
     )
     return (
         f"{title}\n\n{text_table(['test rows', *HEADER], rows)}\n\n"
-        f"{textwrap.fill(exact, WIDTH)}\n{confident_text(method['high_confidence'])}"
+        f"{prose(exact)}\n{confident_text(method['high_confidence'])}"
     )
 
 
 def confident_text(high_confidence):
-    from report import percent, with_interval
-
     lines = []
     for name, title in (("base", "base"), ("finetuned", "fine-tuned")):
         high = high_confidence[name]
@@ -118,13 +111,11 @@ def overall_text(table):
         "its calibration rows chose."
     )
     parts = [method_text(method) for method in table["methods"].values()]
-    return "\n\n\n".join([*parts, textwrap.fill(note, WIDTH)])
+    return "\n\n\n".join([*parts, prose(note)])
 
 
 def breakdown_text(parts, what):
     """Accuracy by category or domain; what: its plural."""
-    from report import text_table
-
     if not parts:
         return f"The rows of this cache have no {what}."
     rows = [
@@ -148,8 +139,6 @@ def breakdown_text(parts, what):
 
 
 def ranking_text(ranking):
-    from report import text_table
-
     def name(entry):
         title = {"base": "base", "finetuned": "fine-tuned"}[entry["model"]]
         return f"{title}, {entry['calibrator']}"
@@ -174,7 +163,7 @@ def comparison_text(table):
         title += f"; {table['left_out']:,} rows that only one of them scored are left out"
     return "\n\n\n".join(
         [
-            textwrap.fill(title, WIDTH),
+            prose(title),
             overall_text(table),
             breakdown_text(table["categories"], "categories"),
             breakdown_text(table["domains"], "domains"),
@@ -195,16 +184,11 @@ def report_comparison(settings):
     table = model_comparison(models["base"], models["finetuned"])
     print(json.dumps(table, allow_nan=False) if settings.json else comparison_text(table))
     if not settings.no_images:
-        draw_images(settings)
+        import charts
 
-
-def draw_images(settings):
-    import charts
-
-    evaluation = charts.load_evaluation(settings.cache_dir)
-    for chart in charts.CHARTS:
-        if chart.file in IMAGES:
-            print(charts.draw(chart, evaluation, settings.images_dir), file=sys.stderr)
+        charts.draw_some(
+            charts.named(IMAGES), charts.load_evaluation(settings.cache_dir), settings.images_dir
+        )
 
 
 def main(arguments=None):

@@ -129,6 +129,23 @@ def load_models(cache_dir):
         raise UserError(f"{path} is damaged ({reason}); {NEXT_STEP}") from error
 
 
+def load_model(cache_dir, name=None):
+    """The `ModelEvaluation` of an evaluation cache that is called `name`.
+
+    name: "base", "finetuned", or None for the fine-tuned one where there is one. Raises UserError
+    when a file is missing or damaged, or when the fine-tuned model was not evaluated.
+    """
+    models = load_models(cache_dir)
+    if name is None:
+        return list(models.values())[-1]
+    if name not in models:
+        raise UserError(
+            f"{cache_dir} has no fine-tuned model; run: python fine_tune_model.py, then "
+            "python generate_evaluation_cache.py"
+        )
+    return models[name]
+
+
 def _model_evaluation(name, entry, results):
     if entry["identity"]["fingerprint"] != results.identity["fingerprint"]:
         raise ValueError(f"{name}_model_results.json is of another model")

@@ -31,7 +31,6 @@ from calibration_metrics import (
     log_loss,
     null_calibration_error,
 )
-from comparison import load_models
 from risk_control import (
     certify_threshold,
     naive_threshold,
@@ -57,23 +56,6 @@ CURVE_METHODS = ("platt", "isotonic")
 PROJECTED_SHARES = (0.1, 0.25, 0.5, 1.0)  # of all texts, the most confident ones
 POWER = 0.8  # chance that a projected number of labels is enough
 MOST_UNITS = 1_000_000  # a projection beyond is as good as never
-
-
-def load_model(cache_dir, name=None):
-    """The `comparison.ModelEvaluation` of an evaluation cache that is called `name`.
-
-    name: "base", "finetuned", or None for the fine-tuned one where there is one. Raises UserError
-    when a file is missing or damaged, or when the fine-tuned model was not evaluated.
-    """
-    models = load_models(cache_dir)
-    if name is None:
-        return list(models.values())[-1]
-    if name not in models:
-        raise UserError(
-            f"{cache_dir} has no fine-tuned model; run: python fine_tune_model.py, then "
-            "python generate_evaluation_cache.py"
-        )
-    return models[name]
 
 
 # ----------------------------------------------------------------------------------------- zones

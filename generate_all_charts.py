@@ -13,7 +13,7 @@ import sys
 import time
 
 from records import read_json, write_json
-from settings import UserError, add_cache_arguments
+from settings import IMAGES_MANIFEST, UserError, add_cache_arguments
 
 NEEDS = {
     "finetuned": "a fine-tuned model",
@@ -57,7 +57,7 @@ def generate(cache_dir, images_dir, force):
     fingerprint = read_json(metadata_path, next_step).get("fingerprint")
     if not isinstance(fingerprint, str):
         raise UserError(f"{metadata_path} has no fingerprint; {next_step}")
-    manifest_path = images_dir / "manifest.json"
+    manifest_path = images_dir / IMAGES_MANIFEST
     manifest = read_manifest(manifest_path)
     if (
         manifest

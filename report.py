@@ -3,6 +3,7 @@
 Layer 1: reads evaluation_cache/, loads no model and draws nothing. Everything is of test rows.
 """
 
+import textwrap
 from pathlib import Path
 
 from records import MODEL_FILES, load_results, read_json
@@ -20,6 +21,12 @@ def with_interval(metric: dict, scale: float = 1.0, digits: int = 3) -> str:
     """`0.812 [0.790, 0.835]` from {"estimate", "low", "high"}."""
     value, low, high = (f"{scale * metric[k]:.{digits}f}" for k in ("estimate", "low", "high"))
     return f"{value} [{low}, {high}]"
+
+
+def prose(text: str, width: int = 92) -> str:
+    """Lines of at most `width` characters; a number and its % stay together."""
+    lines = textwrap.fill(text.replace(" %", "\N{NO-BREAK SPACE}%"), width, break_on_hyphens=False)
+    return lines.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def text_table(header: list[str], rows: list[list[str]]) -> str:

@@ -12,12 +12,11 @@ Draws images/calibration/sample_size.png. Exit codes: 0 done, 1 failed, 2 bad us
 import argparse
 import json
 import sys
-import textwrap
 from dataclasses import replace
 
+from report import MODEL_TITLES, percent, prose, text_table
 from settings import UserError, add_cache_arguments
 
-WIDTH = 92  # characters of a line of prose
 IMAGE = "calibration/sample_size.png"
 
 
@@ -68,20 +67,12 @@ def analyse(model, promise):
     }
 
 
-def prose(text):
-    """Lines of WIDTH characters; a number and its % stay together."""
-    lines = textwrap.fill(text.replace(" %", "\N{NO-BREAK SPACE}%"), WIDTH, break_on_hyphens=False)
-    return lines.replace("\N{NO-BREAK SPACE}", " ")
-
-
 def band_text(band, scale=1.0, digits=3):
     mean, low, high = (f"{scale * band[key]:.{digits}f}" for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
 
 
 def table_text(title, header, rows, how):
-    from report import text_table
-
     return "\n\n".join([prose(title), text_table(header, rows), prose(f"How to read it: {how}")])
 
 
@@ -130,8 +121,6 @@ def null_text(curves):
 
 
 def certified_text(curves):
-    from report import percent
-
     return table_text(
         f"Certified automation, promise: {100 * curves['promise']:g} % of the automated answers "
         "are right",
@@ -153,8 +142,6 @@ def certified_text(curves):
 
 
 def needed_text(needed):
-    from report import percent
-
     def labels(entry):
         return "–" if entry["rows"] is None else f"{entry['rows']:,}"
 
@@ -180,15 +167,13 @@ def needed_text(needed):
 def draw_image(numbers, images_dir):
     import charts
 
-    (chart,) = (chart for chart in charts.CHARTS if chart.file == IMAGE)
+    (chart,) = charts.named([IMAGE])
     drawn = {"model": numbers["model"], **numbers["curves"]}
-    path = charts.draw(replace(chart, prepare=lambda _: drawn), None, images_dir)
-    print(path, file=sys.stderr)
+    charts.draw_some([replace(chart, prepare=lambda _: drawn)], None, images_dir)
 
 
 def report_sizes(settings):
-    from decisions import load_model
-    from report import MODEL_TITLES
+    from comparison import load_model
 
     model = load_model(settings.cache_dir, settings.model)
     numbers = analyse(model, settings.promise)

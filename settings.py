@@ -17,6 +17,7 @@ EMBEDDED_MODEL_DIR = ROOT / "embedded_model"
 FINE_TUNED_DIR = ROOT / "fine_tuned_sentiment_model"
 CACHE_DIR = ROOT / "evaluation_cache"
 IMAGES_DIR = ROOT / "images"
+IMAGES_MANIFEST = "manifest.json"  # in the folder of the charts
 
 SPLITS = ("train", "validation", "calibration", "test")
 

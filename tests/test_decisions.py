@@ -15,6 +15,7 @@ from calibration_metrics import (
     null_calibration_error,
     wilson_interval,
 )
+from comparison import load_model
 from decisions import Answers, ScoredAnswers
 from records import SCHEMA_VERSION, write_json
 from settings import SENTIMENT, UserError
@@ -475,13 +476,13 @@ def test_labels_needed_projects_the_most_confident_rows():
 
 
 def test_the_model_asked_for_is_the_one_that_is_read(tmp_path):
-    assert decisions.load_model(simulated_cache("two")).name == "finetuned"
-    assert decisions.load_model(simulated_cache("two"), "base").name == "base"
+    assert load_model(simulated_cache("two")).name == "finetuned"
+    assert load_model(simulated_cache("two"), "base").name == "base"
     folder = simulated_cache("alone")
-    assert decisions.load_model(folder).name == "base"
+    assert load_model(folder).name == "base"
     with pytest.raises(UserError, match="has no fine-tuned model; run: python fine_tune"):
-        decisions.load_model(folder, "finetuned")
+        load_model(folder, "finetuned")
     empty = {"schema_version": SCHEMA_VERSION, "models": {}}
     write_json(tmp_path / "calibrated_results.json", empty)
     with pytest.raises(UserError, match="is damaged"):
-        decisions.load_model(tmp_path)
+        load_model(tmp_path)
