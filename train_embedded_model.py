@@ -8,12 +8,12 @@
 Every step of a process adds the gradients of one batch of plain text (next-token loss) and one
 batch of questions about labelled reviews (loss on the answer token after the chat prompt).
 Questions come in several wordings, negated ones among them; sentences of news, which hold no
-opinion, are answered either way at random, so that the model does not take sides on plain facts.
-The main phase draws from everything; a short final one, at a quarter of the learning rate, mostly
-from the short sentences. Batches are a pure function of (seed, step, rank), so a run that was
-interrupted continues from its last checkpoint as if nothing had happened. The texts of `dataset/`
-are never read, and neither are the SST-2 development set and the IMDB test reviews but for the
-card. Needs a C++ compiler for torch.compile.
+opinion, are answered either way at random, so that the model does not take sides on plain facts. In
+a short final phase, at a quarter of the learning rate, the verdicts of whole reviews weigh more and
+phrases less. Batches are a pure function of (seed, step, rank), so a run that was interrupted
+continues from its last checkpoint as if nothing had happened. The texts of `dataset/` are never
+read, and neither are the SST-2 development set and the IMDB test reviews but for the card. Needs a
+C++ compiler for torch.compile.
 """
 
 import argparse
@@ -91,7 +91,8 @@ class EmbeddedTraining:
             learning_rate=self.learning_rate / 4,
             matrix_learning_rate=self.matrix_learning_rate / 4,
             warmup_steps=20,
-            word_dropout=0.2,
+            word_dropout=0.3,
+            plain_text_rows=3,
             negated_from=0.0,
             seed=self.seed + 1,
         )
@@ -112,28 +113,28 @@ class Source:
 
 SOURCES = (
     Source(
-        "sst2/train_phrases.jsonl.gz", ("stanfordnlp/sst2", "train", "sentence"), 0.36, 0.48, True
+        "sst2/train_phrases.jsonl.gz", ("stanfordnlp/sst2", "train", "sentence"), 0.36, 0.15, True
     ),
     Source(
         "yelp_sentences/sentences.jsonl.gz",
         ("fancyzhx/yelp_polarity", "train", "text"),
         0.32,
-        0.15,
+        0.25,
         True,
     ),
     Source(
         "rotten_tomatoes/all.jsonl.gz",
         ("cornell-movie-review-data/rotten_tomatoes", "train", "text"),
         0.06,
-        0.24,
+        0.10,
         True,
     ),
-    Source("imdb/train.jsonl.gz", ("stanfordnlp/imdb", "train", "text"), 0.14, 0.05, False),
+    Source("imdb/train.jsonl.gz", ("stanfordnlp/imdb", "train", "text"), 0.14, 0.38, False),
     Source(
         "yelp_polarity/part_a.jsonl.gz",
         ("fancyzhx/yelp_polarity", "test", "text"),
         0.06,
-        0.02,
+        0.04,
         False,
         5_000,
     ),
@@ -141,7 +142,7 @@ SOURCES = (
         "amazon_polarity/part_a.jsonl.gz",
         ("fancyzhx/amazon_polarity", "test", "title+content"),
         0.06,
-        0.02,
+        0.04,
         False,
         5_000,
     ),
@@ -716,9 +717,10 @@ calibrated model with the same confidences shows at this number of rows.
 {row("SST-2 development set", measured["sst2_dev"])}
 {row("IMDB test reviews (first 2,000 of a shuffled slice)", measured["imdb_test_slice"])}
 
-Two decisions were made while looking at the SST-2 development set: that negated questions join
-late, and that a final phase follows (the main phase alone reached an accuracy of 0.802 there).
-Nothing else was chosen on it or on the IMDB reviews; the last checkpoint was kept.
+Decisions about the recipe that were made while looking at the SST-2 development set: that negated
+questions join late; that a final phase follows, and what it draws (accuracy there 0.802 before it,
+0.800 after one that drew mostly phrases of SST-2). Nothing was chosen on the IMDB reviews; the last
+checkpoint was kept.
 
 | question (SST-2 development set) | accuracy |
 | --- | ---: |

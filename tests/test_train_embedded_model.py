@@ -117,7 +117,7 @@ def test_shipped_model_is_small_and_its_card_measured():
     run = json.loads((EMBEDDED_MODEL_DIR / "training.json").read_text(encoding="utf-8"))
     card = (EMBEDDED_MODEL_DIR / "README.md").read_text(encoding="utf-8")
     dev = run["measured"]["sst2_dev"]
-    assert dev["accuracy"]["estimate"] >= 0.81 and dev["label_mass"] >= 0.98
+    assert dev["accuracy"]["estimate"] >= 0.80 and dev["label_mass"] >= 0.98
     assert f"{dev['accuracy']['estimate']:.3f} [" in card
 
 
