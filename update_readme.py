@@ -139,11 +139,11 @@ def automation_block():
             if on_test["automated"]:
                 measured = [
                     f"{percent(on_test['coverage'])}, {percent(on_test['risk'])} wrong",
-                    "kept" if on_test["kept"] else "broken",
+                    "yes" if on_test["kept"] else "no",
                 ]
             threshold = "none" if cut["threshold"] is None else f"{cut['threshold']:.3f}"
             rows.append([f"{100 * promise['promise']:g} % right, {way}", threshold, *measured])
-    return markdown_table(["promise", "threshold", "automated on test rows", "promise"], rows)
+    return markdown_table(["promise", "threshold", "automated on test rows", "kept"], rows)
 
 
 def sample_size_block():

@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 
 import generate_evaluation_cache
-from calibration import CALIBRATORS, calibrated_probabilities, fit_calibrator
+from calibration import (
+    CALIBRATORS,
+    calibrated_probabilities,
+    calibrators_for,
+    fit_calibrator,
+)
 from consistency_confidence import consistency_predictions
 from generate_evaluation_cache import PartialResults, generate
 from logprobs_confidence import TransformerLogprobsClassifier
@@ -182,7 +187,10 @@ def test_calibrators_are_fitted_on_calibration_rows_and_judged_on_test_rows(eval
         assert model["test"]["ids"] == list(test["id"])
         assert model["test"]["label"] == list(test["label"])
         assert not set(fitting["id"]) & set(test["id"])
-        assert list(model["test"]["methods"]) == list(model["calibrators"]) == list(CALIBRATORS)
+        assert list(model["test"]["methods"]) == list(model["calibrators"])
+        assert set(model["calibrators"]) == set(calibrators_for(2)) < set(CALIBRATORS)
+        assert model["selection"]["chosen"] in model["calibrators"]
+        assert set(model["comparison"]) == set(model["calibrators"]) - {"raw"}
         for method, values in model["test"]["methods"].items():
             expected = calibrated_probabilities(fit_calibrator(method, fitting), test)
             assert np.abs(np.array(values["probabilities"]) - expected).max() < 1e-8

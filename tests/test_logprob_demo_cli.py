@@ -13,8 +13,8 @@ import pytest
 
 import logprob_demo_cli
 from calibration import CALIBRATORS
+from comparison import judge_calibrators
 from dataset_loader import load_examples
-from generate_evaluation_cache import calibrate
 from logprob_demo_cli import (
     WIDTH,
     calibration_sentence,
@@ -35,7 +35,6 @@ from settings import (
     ROOT,
     SENTIMENT,
     DataSettings,
-    EvaluationSettings,
     Label,
     ModelSettings,
     Task,
@@ -264,7 +263,9 @@ def write_calibrators(folder, classifier):
     cache = {
         "schema_version": SCHEMA_VERSION,
         "task": classifier.task.to_json(),
-        "models": {"base": calibrate(results, EvaluationSettings(resamples=20))},
+        "models": {
+            "base": {"identity": results.identity} | judge_calibrators(results, n_resamples=20)
+        },
     }
     write_json(folder / "calibrated_results.json", cache)
     return results
