@@ -91,7 +91,7 @@ def pitfalls_block():
     table = pitfalls(load_model(CACHE_DIR, "base"))
     same, platt = table["same_rows"], table["platt_on_probabilities"]
     bins = {row["n_bins"]: row for row in table["empty_bins"]}
-    few, many = bins[min(bins)], bins[max(bins)]
+    few, many = bins[min(bins)], min(table["empty_bins"], key=lambda row: row["count"])
     cuts = [row for row in table["naive_cutoffs"] if row["naive"]["automated"] > 0]
     worst = max(cuts, key=lambda row: row["naive"]["broken"])
     rows = [
