@@ -12,7 +12,6 @@ business_reliability_progression.png and certified_thresholds.png. Exit codes: 0
 
 import argparse
 import json
-import math
 import sys
 from dataclasses import replace
 
@@ -25,19 +24,22 @@ IMAGES = (
     "calibration/certified_thresholds.png",
 )
 ZONE_METHOD = "platt"
+LARGEST_COST = 1e12
 
 
 def cost(least_included):
-    """Type of a flag that holds a cost: a finite number above 0, or of at least 0."""
+    """Type of a flag that holds a cost: a number above 0, or of at least 0."""
 
     def parse(text):
         try:
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
-        if not (value > 0 or (least_included and value == 0)) or not math.isfinite(value):
+        if not (0 < value <= LARGEST_COST or (least_included and value == 0)):
             bound = "at least" if least_included else "above"
-            raise argparse.ArgumentTypeError(f"must be finite and {bound} 0, got {text}")
+            raise argparse.ArgumentTypeError(
+                f"must be {bound} 0 and at most {LARGEST_COST:g}, got {text}"
+            )
         return value
 
     return parse
@@ -165,9 +167,9 @@ def automation_text(table):
     how = (
         "How to read it: answers with at least the threshold's confidence are automated. A "
         f"certified threshold breaks its promise in at most {percent(table['delta'])} of all "
-        'calibrations, a naive one in about every second. "wrong" is the share of errors among the '
-        'automated test rows, "at most" its 95 % upper limit: where few rows are automated, kept '
-        "and broken are chance."
+        "calibrations, a naive one in about every second where the promise is hard to keep. "
+        '"wrong" is the share of errors among the automated test rows, "at most" its 95 % upper '
+        "limit: where few rows are automated, kept and broken are chance."
     )
     outcomes = "\n".join(map(certified_text, table["promises"]))
     return "\n\n".join([prose(title), text_table(header, rows), outcomes, prose(how)])

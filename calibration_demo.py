@@ -184,10 +184,10 @@ def empty_bins_text(table):
     ]
     header = ["bins", "wrong: MCE", "rows in its bin", "if perfect", "right: ECE", "if perfect"]
     return (
-        "A maximum calibration error that a nearly empty bin decides (after Platt scaling)\n\n"
+        "A maximum calibration error that one bin decides (after Platt scaling)\n\n"
         f"{text_table(header, rows)}\n\n"
-        "The largest gap is found where the fewest rows are, and moves with the number of bins;\n"
-        "the ECE weighs each bin by its rows. Neither means anything without its value for a\n"
+        "A bin of few rows can decide the largest gap, which moves with the number of bins; the\n"
+        "ECE weighs each bin by its rows. Neither means anything without its value for a\n"
         "perfectly calibrated model."
     )
 

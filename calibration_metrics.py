@@ -117,7 +117,7 @@ def _as_level(level):
     return level
 
 
-def _as_names(name, values):
+def as_names(name, values):
     """`values` as an (n,) array of comparable names, none of them missing."""
     array = np.asarray(values)
     if array.ndim != 1:
@@ -405,8 +405,8 @@ def maximum_calibration_error(confidence, correct, n_bins=20):
     """Largest |accuracy − confidence| over the equal-width bins that hold a row.
 
     confidence: (n,) float in [0, 1]; correct: (n,) bool.
-    Returns (value in [0, 1], number of rows in the bin that decided it). The emptiest bin usually
-    decides, so the count belongs beside the value. Of equal gaps the lowest bin decides.
+    Returns (value in [0, 1], number of rows in the bin that decided it). A bin of few rows can
+    decide, so the count belongs beside the value. Of equal gaps the lowest bin decides.
     Source: Guo et al. 2017, eq. 5, https://arxiv.org/abs/1706.04599
     """
     cells = _cells(*as_confidence_and_correct(confidence, correct))
@@ -525,7 +525,7 @@ def clustered_wilson_interval(correct, group, level=0.95):
     Source: design effect: Kish 1965, Survey Sampling; an effective sample size in an interval of a
     share: Korn and Graubard 1998, Survey Methodology 24:193
     """
-    correct, group = as_flags("correct", correct), _as_names("group", group)
+    correct, group = as_flags("correct", correct), as_names("group", group)
     check_same_length(correct=correct, group=group)
     member = np.unique(group, return_inverse=True)[1]
     share, rows = _effective_share(correct, member, np.zeros(len(correct), dtype=np.int64), 1)
@@ -578,7 +578,7 @@ def reliability_diagram(
     if group is None:
         low, high = wilson_interval(n_correct, rows)
     else:
-        group = _as_names("group", group)
+        group = as_names("group", group)
         check_same_length(confidence=confidence, group=group)
         member = np.unique(group, return_inverse=True)[1]
         part = np.searchsorted(edges[1:-1], confidence, side="right")
@@ -874,7 +874,7 @@ def _units(n, group, strata):
         raise ValueError(f"a bootstrap interval needs at least 2 rows, got {n}")
     member = np.arange(n)
     if group is not None:
-        group = _as_names("group", group)
+        group = as_names("group", group)
         check_same_length(arrays=member, group=group)
         names, member = np.unique(group, return_inverse=True)
         if len(names) < 2:
@@ -882,7 +882,7 @@ def _units(n, group, strata):
     n_units = int(member.max()) + 1
     if strata is None:
         return member, [np.arange(n_units)]
-    strata = _as_names("strata", strata)
+    strata = as_names("strata", strata)
     check_same_length(arrays=member, strata=strata)
     stratum = np.unique(strata, return_inverse=True)[1]
     of_unit = np.empty(n_units, dtype=np.int64)
@@ -1088,7 +1088,7 @@ def calibration_metrics(
     cells = layout.cells(whole)
     return {
         "n": n,
-        "n_groups": None if group is None else len(np.unique(_as_names("group", group))),
+        "n_groups": None if group is None else len(np.unique(as_names("group", group))),
         **metrics,
         "accuracy_at_coverage": at_coverage,
         "coverage_at_risk": at_risk,
@@ -1125,15 +1125,20 @@ def holm(p_values):
 def _clustered_p_value(difference, member):
     """Two-sided p-value of mean difference 0, t-test with cluster-robust variance over groups.
 
-    difference, member: (n,) value and index of the group of each row.
+    difference, member: (n,) value and index of the group of each row. Never below 2^(1 − groups),
+    the least that flipping the signs of whole groups could give: few groups that happen to agree
+    are no proof.
     """
     n, n_groups = len(difference), int(member.max()) + 1
     mean = difference.mean()
     spread = np.bincount(member, weights=difference - mean)
     error = np.sqrt(n_groups / (n_groups - 1) * (spread**2).sum()) / n
+    if mean == 0:
+        return 1.0
+    least = 2.0 ** (1 - n_groups)
     if error == 0:
-        return 1.0 if mean == 0 else 0.0
-    return float(2 * stdtr(n_groups - 1, -np.abs(mean / error)))
+        return least
+    return max(least, float(2 * stdtr(n_groups - 1, -np.abs(mean / error))))
 
 
 def compare(probabilities_by_method, label, reference="raw", group=None, seed=0):
@@ -1144,8 +1149,8 @@ def compare(probabilities_by_method, label, reference="raw", group=None, seed=0)
     Returns for every other method {"log_loss": d, "brier": d}, d being the mean of method −
     reference: {"estimate": below 0 where the method is better, "low", "high": its 95 % bootstrap
     interval, "p_value": t-test with cluster-robust variance and groups − 1 degrees of freedom (a
-    row being its own group without group), "p_value_holm": corrected over the methods, for each
-    score}. Row differences below 1e-12 count as 0.
+    row being its own group without group), at least 2^(1 − groups), "p_value_holm": corrected over
+    the methods, for each score}. Row differences below 1e-12 count as 0.
     Source: Liang and Zeger 1986, https://doi.org/10.1093/biomet/73.1.13 ; Holm 1979
     """
     if reference not in probabilities_by_method:

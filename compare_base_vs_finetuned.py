@@ -107,7 +107,8 @@ def overall_text(table):
         "taken on the same rows, near-duplicates drawn together. Accuracy is better when higher, "
         "the others when lower. p is the probability of a difference at least as large if there "
         "were none, corrected for the six of them (Holm); ECE and AURC are no means over rows "
-        "and have an interval only. The second table uses for either model the calibrator that "
+        "and have an interval only; what a perfectly calibrated model shows is in "
+        "calibration_demo.py. The second table uses for either model the calibrator that "
         "its calibration rows chose."
     )
     parts = [method_text(method) for method in table["methods"].values()]

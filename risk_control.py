@@ -18,7 +18,12 @@ from numbers import Real
 import numpy as np
 from scipy.special import bdtr, betaincinv
 
-from calibration_metrics import as_confidence_and_correct, as_flags, check_same_length
+from calibration_metrics import (
+    as_confidence_and_correct,
+    as_flags,
+    as_names,
+    check_same_length,
+)
 
 
 def _as_open_share(name, value):
@@ -29,9 +34,7 @@ def _as_open_share(name, value):
 
 
 def _as_group(group, confidence):
-    group = np.asarray(group).astype(str)
-    if group.ndim != 1:
-        raise ValueError(f"group must have shape (n,), got {group.shape}")
+    group = as_names("group", group)
     check_same_length(confidence=confidence, group=group)
     return group
 
@@ -161,8 +164,8 @@ def naive_threshold(confidence, correct, alpha):
 
     confidence: (n,) float in [0, 1]; correct: (n,) bool; alpha strictly between 0 and 1.
     Returns a float, or None where there is none. It promises nothing: chosen to look good on these
-    rows, it breaks alpha on new ones about every second time. For contrast with
-    `certify_threshold`.
+    rows, it breaks alpha on new ones in about every second draw where alpha is hard to keep. For
+    contrast with `certify_threshold`.
     """
     confidence, correct = as_confidence_and_correct(confidence, correct)
     alpha = _as_open_share("alpha", alpha)

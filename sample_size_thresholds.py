@@ -19,6 +19,8 @@ from settings import UserError, add_cache_arguments
 
 IMAGE = "calibration/sample_size.png"
 
+SMALLEST_SHARE = 1e-9
+
 
 def share(text):
     """Type of a flag that holds a share strictly between 0 and 1."""
@@ -26,7 +28,7 @@ def share(text):
         value = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
-    if not 0 < value < 1:
+    if not SMALLEST_SHARE <= value <= 1 - SMALLEST_SHARE:
         raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text}")
     return value
 
@@ -91,7 +93,8 @@ def log_loss_text(curves):
         f"mean and 5 to 95 % range over {curves['n_draws']} draws of whole near-duplicate groups, "
         f"measured on {curves['n_test']:,} test rows; lower is better. Uncalibrated it is "
         f"{curves['raw']['log_loss']:.3f}. A wide range says that the calibrator depends on which "
-        "rows happened to be labelled.",
+        "rows happened to be labelled. The draws are taken from the same rows without replacement, "
+        "so the range narrows to nothing at the last line by construction.",
     )
 
 
@@ -136,8 +139,9 @@ def certified_text(curves):
         ],
         "one half of the rows fits Platt scaling, the other certifies a threshold; where none can "
         "be certified nothing is automated. The promise counts as broken in a draw if more than "
-        f"{100 * (1 - curves['promise']):g} % of the automated test rows are wrong; but for the "
-        f"chance of the test rows that happens in at most {percent(curves['delta'])}.",
+        f"{100 * (1 - curves['promise']):g} % of the automated test rows are wrong. That happens "
+        f"in at most {percent(curves['delta'])} of all sets of calibration rows; these draws come "
+        "from one such set, and only illustrate it.",
     )
 
 

@@ -62,7 +62,19 @@ def calibration_block():
         f"{100 * low:.1f} to {100 * high:.1f}). Its expected\ncalibration error (ECE, 20 bins) is "
         f"{with_interval(raw['ece'])}, where a perfectly\ncalibrated model would show "
         f"{raw['ece']['null_mean']:.3f}; after Platt scaling it is\n"
-        f"{with_interval(platt['ece'])} (perfect: {platt['ece']['null_mean']:.3f})."
+        f"{with_interval(platt['ece'])} (perfect: {platt['ece']['null_mean']:.3f}).\n"
+        + after_platt(load_model(CACHE_DIR, "finetuned"))
+    )
+
+
+def after_platt(model):
+    """Whether the calibrated model can still be told from a perfectly calibrated one."""
+    ece = model.metrics["platt"]["ece"]
+    verdict = "below" if ece["estimate"] <= ece["null_p95"] else "above"
+    return (
+        f"The fine-tuned model goes from {model.metrics['raw']['ece']['estimate']:.3f} to "
+        f"{with_interval(ece)}, {verdict} the\n{ece['null_p95']:.3f} that 95 % of perfectly "
+        "calibrated models stay under."
     )
 
 
@@ -86,10 +98,11 @@ def calibrators_block():
 
 
 def pitfalls_block():
-    from comparison import load_model, pitfalls
+    from comparison import load_models, pitfalls
 
-    table = pitfalls(load_model(CACHE_DIR, "base"))
-    same, platt = table["same_rows"], table["platt_on_probabilities"]
+    tables = [pitfalls(model) for model in load_models(CACHE_DIR).values()]
+    table = tables[0]
+    same, platt = table["same_rows"], tables[-1]["platt_on_probabilities"]
     bins = {row["n_bins"]: row for row in table["empty_bins"]}
     few, many = bins[min(bins)], min(table["empty_bins"], key=lambda row: row["count"])
     cuts = [row for row in table["naive_cutoffs"] if row["naive"]["automated"] > 0]
@@ -101,7 +114,7 @@ def pitfalls_block():
             f"ECE {same['test']['ece']:.3f}, log-loss {same['test']['log_loss']:.3f} on test rows",
         ],
         [
-            "Platt scaling of probabilities",
+            f"Platt scaling of probabilities ({MODEL_TITLES[tables[-1]['model']]})",
             f"log-loss {platt['probabilities']:.4f}",
             f"log-loss {platt['margin']:.4f} on the margin "
             f"(difference {with_interval(platt['difference'], digits=4)})",
@@ -138,12 +151,21 @@ def automation_block():
             measured = ["nothing automated", ""]
             if on_test["automated"]:
                 measured = [
-                    f"{percent(on_test['coverage'])}, {percent(on_test['risk'])} wrong",
+                    f"{percent(on_test['coverage'])}, {percent(on_test['risk'])} wrong "
+                    f"(at most {percent(on_test['risk_upper'])})",
                     "yes" if on_test["kept"] else "no",
                 ]
             threshold = "none" if cut["threshold"] is None else f"{cut['threshold']:.3f}"
             rows.append([f"{100 * promise['promise']:g} % right, {way}", threshold, *measured])
-    return markdown_table(["promise", "threshold", "automated on test rows", "kept"], rows)
+    shown = markdown_table(["promise", "threshold", "automated on test rows", "kept"], rows)
+    return (
+        f"{shown}\n\n"
+        f"({MODEL_TITLES[model.name].capitalize()} model, calibrated by {table['calibrator']} on "
+        f"{table['n_fitting']:,} calibration rows; thresholds from\n"
+        f"{table['n_certifying']:,} others in {table['n_certifying_groups']} groups. Another "
+        "division may certify another threshold, or none; trying\n"
+        "divisions until one certifies voids the promise.)"
+    )
 
 
 def sample_size_block():

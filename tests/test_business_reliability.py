@@ -158,10 +158,10 @@ def test_neither_torch_nor_a_plot_is_needed_for_the_numbers(cache):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--cost-error", "0"], "argument --cost-error: must be finite and above 0, got 0"),
-        (["--cost-error", "inf"], "argument --cost-error: must be finite and above 0, got inf"),
-        (["--cost-error", "nan"], "argument --cost-error: must be finite and above 0, got nan"),
-        (["--cost-review", "-1"], "argument --cost-review: must be finite and at least 0, got -1"),
+        (["--cost-error", "0"], "--cost-error: must be above 0 and at most 1e+12, got 0"),
+        (["--cost-error", "inf"], "--cost-error: must be above 0 and at most 1e+12, got inf"),
+        (["--cost-error", "nan"], "--cost-error: must be above 0 and at most 1e+12, got nan"),
+        (["--cost-review", "-1"], "--cost-review: must be at least 0 and at most 1e+12, got -1"),
         (["--cost-review", "dear"], "argument --cost-review: must be a number, got 'dear'"),
         (["--model", "other"], "argument --model: invalid choice: 'other'"),
     ],

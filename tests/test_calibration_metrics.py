@@ -1269,3 +1269,10 @@ two_rows = [[0.6, 0.4], [0.3, 0.7]]
 def test_bad_input_is_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_two_rows_that_agree_are_no_proof():
+    """Equal differences have no variance; p is then what a sign test over the groups gives."""
+    one, other = np.tile([0.6, 0.4], (2, 1)), np.tile([0.9, 0.1], (2, 1))
+    found = compare({"raw": one, "other": other}, [0, 0])["other"]["log_loss"]
+    assert found["estimate"] < 0 and found["p_value"] == 0.5

@@ -624,3 +624,8 @@ def test_a_million_rows_take_less_than_two_seconds():
         started = time.process_time()
         call()
         assert time.process_time() - started < 2.0
+
+
+def test_missing_groups_are_refused():
+    with pytest.raises(ValueError, match="group must not be missing"):
+        certify_threshold([0.9] * 50, [True] * 50, 0.1, group=[None] * 50)
