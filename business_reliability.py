@@ -16,7 +16,7 @@ import sys
 from dataclasses import replace
 
 from report import MODEL_TITLES, percent, prose, text_table, with_interval
-from settings import UserError, add_cache_arguments
+from settings import add_report_arguments, exit_code
 
 IMAGES = (
     "calibration/business_reliability.png",
@@ -50,7 +50,7 @@ def parse_arguments(arguments=None):
         description="Which answers may be automated, and what that costs.",
         epilog="Exit codes: 0 done, 1 failed, 2 bad usage.",
     )
-    add_cache_arguments(parser)
+    add_report_arguments(parser)
     parser.add_argument(
         "--model",
         choices=("base", "finetuned"),
@@ -70,8 +70,6 @@ def parse_arguments(arguments=None):
         metavar="COST",
         help="of one answer by a person, in the same unit (default: 1)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object, no tables")
-    parser.add_argument("--no-images", action="store_true", help="draw nothing")
     return parser.parse_args(arguments)
 
 
@@ -226,13 +224,7 @@ def report_reliability(settings):
 
 
 def main(arguments=None):
-    settings = parse_arguments(arguments)
-    try:
-        report_reliability(settings)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(report_reliability, parse_arguments(arguments))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import json
 import sys
 
 from report import MODEL_TITLES, percent, prose, text_table, with_interval
-from settings import UserError, add_cache_arguments
+from settings import add_report_arguments, exit_code
 
 CALIBRATION_ERRORS = ("ece", "smooth_ece", "miscalibration")
 IMAGES = (
@@ -31,15 +31,13 @@ def parse_arguments(arguments=None):
         description="Compare every calibrator with the model's own probabilities.",
         epilog="Exit codes: 0 done, 1 failed, 2 bad usage.",
     )
-    add_cache_arguments(parser)
+    add_report_arguments(parser)
     parser.add_argument(
         "--model", choices=("base", "finetuned"), help="one model (default: all of the cache)"
     )
     parser.add_argument(
         "--pitfalls", action="store_true", help="show how such numbers go wrong; draws nothing"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object, no tables")
-    parser.add_argument("--no-images", action="store_true", help="draw nothing")
     return parser.parse_args(arguments)
 
 
@@ -252,13 +250,7 @@ def report_calibration(settings):
 
 
 def main(arguments=None):
-    settings = parse_arguments(arguments)
-    try:
-        report_calibration(settings)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(report_calibration, parse_arguments(arguments))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import json
 import sys
 
 from report import percent, prose, text_table, with_interval
-from settings import UserError, add_cache_arguments
+from settings import add_report_arguments, exit_code
 
 IMAGES = (
     "calibration/risk_coverage.png",
@@ -35,9 +35,7 @@ def parse_arguments(arguments=None):
         description="Compare the base and the fine-tuned model on the same test rows.",
         epilog="Exit codes: 0 done, 1 failed, 2 bad usage.",
     )
-    add_cache_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object, no tables")
-    parser.add_argument("--no-images", action="store_true", help="draw nothing")
+    add_report_arguments(parser)
     return parser.parse_args(arguments)
 
 
@@ -174,15 +172,10 @@ def comparison_text(table):
 
 
 def report_comparison(settings):
-    from comparison import load_models, model_comparison
+    from comparison import load_model, model_comparison
 
-    models = load_models(settings.cache_dir)
-    if "finetuned" not in models:
-        raise UserError(
-            f"{settings.cache_dir} has no fine-tuned model to compare; run: python "
-            "fine_tune_model.py, then python generate_evaluation_cache.py"
-        )
-    table = model_comparison(models["base"], models["finetuned"])
+    pair = (load_model(settings.cache_dir, name) for name in ("base", "finetuned"))
+    table = model_comparison(*pair)
     print(json.dumps(table, allow_nan=False) if settings.json else comparison_text(table))
     if not settings.no_images:
         import charts
@@ -193,13 +186,7 @@ def report_comparison(settings):
 
 
 def main(arguments=None):
-    settings = parse_arguments(arguments)
-    try:
-        report_comparison(settings)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(report_comparison, parse_arguments(arguments))
 
 
 if __name__ == "__main__":

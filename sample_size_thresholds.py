@@ -15,7 +15,7 @@ import sys
 from dataclasses import replace
 
 from report import MODEL_TITLES, percent, prose, text_table
-from settings import UserError, add_cache_arguments
+from settings import add_report_arguments, exit_code
 
 IMAGE = "calibration/sample_size.png"
 
@@ -38,7 +38,7 @@ def parse_arguments(arguments=None):
         description="What more labelled rows buy, and how many a promise needs.",
         epilog="Exit codes: 0 done, 1 failed, 2 bad usage.",
     )
-    add_cache_arguments(parser)
+    add_report_arguments(parser)
     parser.add_argument(
         "--model",
         choices=("base", "finetuned"),
@@ -51,8 +51,6 @@ def parse_arguments(arguments=None):
         metavar="ACCURACY",
         help="accuracy promised for automated answers, between 0 and 1 (default: 0.9)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object, no tables")
-    parser.add_argument("--no-images", action="store_true", help="draw nothing")
     return parser.parse_args(arguments)
 
 
@@ -196,13 +194,7 @@ def report_sizes(settings):
 
 
 def main(arguments=None):
-    settings = parse_arguments(arguments)
-    try:
-        report_sizes(settings)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(report_sizes, parse_arguments(arguments))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ project is stated in this module, once.
 import hashlib
 import json
 import re
+import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -371,3 +372,20 @@ def add_cache_arguments(parser):
             metavar="FOLDER",
             help=f"folder {use} (default: {folder.name}/ beside this script)",
         )
+
+
+def add_report_arguments(parser):
+    """The flags that every analysis of a finished evaluation has."""
+    add_cache_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object, no tables")
+    parser.add_argument("--no-images", action="store_true", help="draw nothing")
+
+
+def exit_code(action, *arguments):
+    """0 when `action` is done; 1, with a message on stderr, when the user can mend what failed."""
+    try:
+        action(*arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -176,7 +176,7 @@ def test_a_base_model_alone_is_exit_code_1(capsys):
     shown = capsys.readouterr()
     (line,) = shown.err.splitlines()
     assert shown.out == ""
-    assert "has no fine-tuned model to compare; run: python fine_tune_model.py" in line
+    assert "has no fine-tuned model; run: python fine_tune_model.py" in line
 
 
 def test_a_missing_cache_is_one_line_and_exit_code_1(tmp_path, capsys):
