@@ -9,6 +9,7 @@ are summed over the full vocabulary (softmax in float32). Nothing is sampled and
 """
 
 import argparse
+import copy
 import hashlib
 import logging
 import math
@@ -408,12 +409,26 @@ class TransformerLogprobsClassifier:
         self.tolerance = HALF_PRECISION_TOLERANCE if half else FULL_PRECISION_TOLERANCE
         if self.adapter is not None:
             self._load_adapter()
+        self.encoder = self._encoder(task)
+        self._switch = {"adapter": self.adapter is not None}  # shared by `for_task` siblings
+
+    def _encoder(self, task):
         config = self.model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None) or self.settings.max_tokens
-        self.encoder = PromptEncoder(
+        return PromptEncoder(
             self.tokenizer, task, max_tokens=min(self.settings.max_tokens, context - 8)
         )
-        self.adapter_active = self.adapter is not None
+
+    def for_task(self, task):
+        """A classifier for another question that shares this one's model, adapter and memory."""
+        sibling = copy.copy(self)
+        sibling.task, sibling.encoder = task, self._encoder(task)
+        return sibling
+
+    @property
+    def adapter_active(self):
+        """Whether the adapter answers: there is one, and no `without_adapter` block is open."""
+        return self._switch["adapter"]
 
     def _load_adapter(self):
         import safetensors
@@ -454,12 +469,12 @@ class TransformerLogprobsClassifier:
         if not self.adapter_active:
             yield self
             return
-        self.adapter_active = False
+        self._switch["adapter"] = False
         try:
             with self.model.disable_adapter():
                 yield self
         finally:
-            self.adapter_active = True
+            self._switch["adapter"] = True
 
     def classify(self, text, temperature=1.0):
         """`Prediction` for one text. Raises UserError for a text that cannot be scored."""

@@ -214,6 +214,16 @@ def test_three_labels_take_the_same_path(classifier):
     assert row.margin >= 0
 
 
+def test_another_task_shares_the_model_and_leaves_the_first_as_it_was(classifier):
+    before = classifier.classify("I loved it.")
+    question = "Is this text negative in sentiment? Answer yes or no."
+    other = classifier.for_task(replace(SENTIMENT, question=question))
+    assert other.model is classifier.model and other.task.question == question
+    assert question in other.encoder.prompt("x") and question not in classifier.encoder.prompt("x")
+    assert other.identity["fingerprint"] != classifier.identity["fingerprint"]
+    assert classifier.classify("I loved it.").label_logprobs == before.label_logprobs
+
+
 def test_explanation_adds_up(classifier):
     explanation = classifier.explain("I loved it.", k=8)
     row = explanation.prediction
