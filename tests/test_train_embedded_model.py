@@ -1,9 +1,11 @@
 """Training of the embedded model, and what the shipped model keeps of its promises."""
 
 import json
+import re
 
 import numpy as np
 import pytest
+import torch
 
 from settings import EMBEDDED_MODEL_DIR, ROOT, SENTIMENT, UserError
 from train_embedded_model import (
@@ -11,15 +13,18 @@ from train_embedded_model import (
     EmbeddedTraining,
     TrainingBatches,
     closing_sentences,
+    fit_teacher,
     learning_rate_share,
     main,
     normalised,
     question_tasks,
     read_rows,
     rejoin,
+    tokenised,
 )
 
 SHARED = ROOT.parent / "shared" / "data"
+OPINIONS = (("a good", 1), ("a bad", 0), ("not good", 0), ("not bad", 1), ("a fine", 1))
 
 
 def test_tokenised_texts_are_written_as_a_person_would():
@@ -36,6 +41,19 @@ def test_closing_sentences_end_the_review():
     text = "One. Two! Three? Four."
     for seed in range(5):
         assert text.endswith(closing_sentences(text, np.random.default_rng(seed)))
+
+
+def test_tokenised_is_undone_by_rejoin():
+    text = "It's fine, really. I didn't mind!"
+    assert tokenised(text) == "it 's fine , really . i did n't mind !"
+    assert rejoin(tokenised(text)) == text
+
+
+def test_the_teacher_learns_words_and_their_negation():
+    rows = [(f"{a} {n}", float(p)) for n in ("film", "book", "hotel", "meal") for a, p in OPINIONS]
+    teacher = fit_teacher(rows * 5)
+    good, bad, not_good = teacher(["a good song", "a bad song", "It's not good."])
+    assert good > 0.8 and bad < 0.2 and not_good < 0.5
 
 
 def test_questions_hold_negated_ones_and_the_default_task():
@@ -57,7 +75,7 @@ def test_batches_are_a_pure_function_of_seed_step_and_rank():
     from transformers import AutoTokenizer
 
     texts = [f"review number {i} " + "good " * (i % 90) for i in range(400)]
-    labelled = [[(t, i % 2 == 0) for i, t in enumerate(texts)] for _ in SOURCES]
+    asked = [[(t, (i % 3) / 2) for i, t in enumerate(texts)] for _ in SOURCES]
     plain = {
         "lm_text/imdb_unsup.txt.gz": texts,
         "lm_text/gutenberg_novels.txt.gz": [],
@@ -65,43 +83,41 @@ def test_batches_are_a_pure_function_of_seed_step_and_rank():
     }
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL_DIR)
     config = EmbeddedTraining(steps=10)
-    first, second = (TrainingBatches(tokenizer, labelled, plain, config) for _ in range(2))
+    first, second = (TrainingBatches(tokenizer, asked, plain, config) for _ in range(2))
     for step in (0, 9):
         for a, b in zip(first.questions(step, 0), second.questions(step, 0), strict=True):
             assert a.tolist() == b.tolist()
         assert first.plain_text(step, 0).tolist() == second.plain_text(step, 0).tolist()
     assert first.plain_text(0, 0).tolist() != first.plain_text(0, 1).tolist()
-    prefix, tails, last, answers = first.questions(0, 0)
-    words = {i for ids in (ids for task in first.answers for ids in task) for i in ids}
-    assert {int(a) for a in answers} <= words
-    for row, position, answer in zip(tails, last, answers, strict=True):
-        assert int(row[position + 1]) == int(answer)
-    assert prefix.shape[0] == 1
+    prefix, tails, last, answers, targets = first.questions(0, 0)
+    assert prefix.shape[0] == 1 and answers.tolist() in first.answers
+    assert torch.allclose(targets.sum(1), torch.ones(len(tails)))
+    for row, position, target in zip(tails, last, targets, strict=True):
+        drawn = answers.tolist().index(int(row[position + 1]))
+        assert target[drawn] > 0
 
 
-def test_news_is_answered_either_way():
-    """A text without an opinion draws both answers; one with an opinion always the same."""
+def test_a_text_is_answered_as_probably_as_it_is_positive():
+    """Whatever the wording, also a negated one: the words for positive share P(positive)."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL_DIR)
-    labelled = [
-        [
-            (f"Source {number}: " + "good " * n, True if source.opinion else None)
-            for n in (9, 60, 200)
-        ]
-        for number, source in enumerate(SOURCES)
+    share = [i / len(SOURCES) for i in range(len(SOURCES))]
+    asked = [
+        [(f"Source {number}: " + "good " * n, share[number]) for n in (9, 60, 200)]
+        for number in range(len(SOURCES))
     ]
     plain = {"lm_text/imdb_unsup.txt.gz": ["text " * 400], "lm_text/gutenberg_novels.txt.gz": []}
-    config = EmbeddedTraining(steps=10, word_dropout=0.0, negated_from=1.0)
-    batches = TrainingBatches(tokenizer, labelled, plain | {"labelled": []}, config)
-    drawn = {True: set(), False: set()}
-    for step in range(10):
-        _, tails, _, answers = batches.questions(step, 0)
-        positive = {i for task in batches.answers for i in task[0]}
-        for row, answer in zip(tails.tolist(), answers.tolist(), strict=True):
-            has_opinion = f"Source {len(SOURCES) - 1}:" not in tokenizer.decode(row)
-            drawn[has_opinion].add(answer in positive)
-    assert drawn == {True: {True}, False: {True, False}}
+    config = EmbeddedTraining(steps=20, word_dropout=0.0, negated_from=0.0)
+    batches = TrainingBatches(tokenizer, asked, plain | {"labelled": []}, config)
+    seen = set()
+    for step in range(20):
+        _, tails, _, _, targets = batches.questions(step, 0)
+        for row, target in zip(tails.tolist(), targets, strict=True):
+            number = int(re.search(r"Source (\d)", tokenizer.decode(row))[1])
+            assert float(target[:3].sum()) == pytest.approx(share[number])
+            seen.add(number)
+    assert seen == set(range(len(SOURCES)))
 
 
 def test_missing_data_is_one_clear_error(tmp_path, capsys):
@@ -117,7 +133,7 @@ def test_shipped_model_is_small_and_its_card_measured():
     run = json.loads((EMBEDDED_MODEL_DIR / "training.json").read_text(encoding="utf-8"))
     card = (EMBEDDED_MODEL_DIR / "README.md").read_text(encoding="utf-8")
     dev = run["measured"]["sst2_dev"]
-    assert dev["accuracy"]["estimate"] >= 0.80 and dev["label_mass"] >= 0.98
+    assert dev["accuracy"]["estimate"] >= 0.81 and dev["label_mass"] >= 0.98
     assert f"{dev['accuracy']['estimate']:.3f} [" in card
 
 
