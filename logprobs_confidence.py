@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from records import TOKEN_PROBABILITY, Prediction, prediction_from_logprobs
 from settings import SENTIMENT, ModelSettings, UserError, fingerprint, resolve_model
 
@@ -46,19 +48,24 @@ class TokenProbability:
 class Explanation:
     """All that one forward pass says of one text.
 
-    prompt: the string the model reads (of a text beyond the context all but its middle). top: the
-    most probable next tokens. words: for every label its answer tokens with their probabilities,
-    which add up to the label's, except where labels collide on a first token and are scored whole.
+    prompt: the string the model reads (of a text beyond the context all but its middle).
+    prediction: what this pass says. top: the most probable next tokens. words: for every label its
+    answer tokens with their probabilities, which add up to the label's, except where labels collide
+    on a first token and are scored whole. orders: of a lettered task the prediction in every order
+    of the options, the prompt being that of the first; answer: their mean. Otherwise both are
+    `prediction` alone.
     """
 
     prompt: str
-    prediction: object
+    prediction: Prediction
     top: tuple[TokenProbability, ...]
     words: dict[str, tuple[TokenProbability, ...]]
+    orders: tuple[Prediction, ...]
+    answer: Prediction
 
 
 class PromptEncoder:
-    """Token ids of a task's prompt for any text; the text stays text, whatever it contains.
+    """Token ids of a plain task's prompt for any text; the text stays text, whatever it contains.
 
     The chat template is rendered once. What stands between its special tokens is tokenised with
     special-token parsing off, so "<|eot_id|>" inside a text is six harmless characters and not the
@@ -393,13 +400,13 @@ class TransformerLogprobsClassifier:
     it shares the base weights in memory, and `without_adapter()` switches it off for a while.
     task: the question and its labels. max_tokens is bounded by the model's context.
 
-    Attributes: device ("cuda", "mps", "cpu"), dtype (a torch dtype), encoder (`PromptEncoder`),
-    tolerance: the largest difference of a probability between batched and one-at-a-time scoring.
+    Attributes: device ("cuda", "mps", "cpu"), dtype (a torch dtype), encoders (a `PromptEncoder`
+    for each of the task's `orders`), encoder (the first), tolerance: the largest difference of a
+    probability between batched and one-at-a-time scoring.
     """
 
     def __init__(self, model="embedded", adapter=None, task=SENTIMENT):
         self.settings = model if isinstance(model, ModelSettings) else ModelSettings(model=model)
-        self.task = task
         self.adapter = str(adapter) if adapter is not None else None
         if self.adapter is not None and not (Path(adapter) / "adapter_config.json").exists():
             raise UserError(f"no adapter in {adapter}/; run: python fine_tune_model.py")
@@ -409,21 +416,31 @@ class TransformerLogprobsClassifier:
         self.tolerance = HALF_PRECISION_TOLERANCE if half else FULL_PRECISION_TOLERANCE
         if self.adapter is not None:
             self._load_adapter()
-        self.encoder = self._encoder(task)
         self._switch = {"adapter": self.adapter is not None}  # shared by `for_task` siblings
+        self._ask(task, self._encoders(task))
 
-    def _encoder(self, task):
+    def _ask(self, task, encoders):
+        self.task, self.encoders, self.encoder = task, encoders, encoders[0]
+
+    def _encoders(self, task):
         config = self.model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None) or self.settings.max_tokens
-        return PromptEncoder(
-            self.tokenizer, task, max_tokens=min(self.settings.max_tokens, context - 8)
-        )
+        max_tokens = min(self.settings.max_tokens, context - 8)
+        return tuple(PromptEncoder(self.tokenizer, order, max_tokens) for order in task.orders)
 
     def for_task(self, task):
         """A classifier for another question that shares this one's model, adapter and memory."""
+        return self._sibling(task, self._encoders(task))
+
+    def _sibling(self, task, encoders):
         sibling = copy.copy(self)
-        sibling.task, sibling.encoder = task, self._encoder(task)
+        sibling._ask(task, encoders)
         return sibling
+
+    @property
+    def orders(self):
+        """For each order of the options a classifier that asks in it alone; one, if plain."""
+        return tuple(self._sibling(encoder.task, (encoder,)) for encoder in self.encoders)
 
     @property
     def adapter_active(self):
@@ -454,7 +471,8 @@ class TransformerLogprobsClassifier:
             if self.adapter_active
             else None,
             "prompt": self.encoder.prompt("{text}"),
-            "label_words": {label.name: list(label.words) for label in self.task.labels},
+            "label_words": {label.name: list(label.words) for label in self.encoder.task.labels},
+            "orders": len(self.encoders),
             "tokenizer": hashlib.sha256(
                 self.tokenizer.backend_tokenizer.to_str().encode()
             ).hexdigest()[:16],
@@ -489,7 +507,8 @@ class TransformerLogprobsClassifier:
         texts: list of str. ids: their example ids (default: their positions). temperature:
         divides the logits; 1 is the model's own distribution, another value the one that sampling
         at that temperature draws from. progress: a bar on stderr. A text that cannot be scored
-        gives a row with `error` set.
+        gives a row with `error` set. A lettered task is asked in every order of its options, each a
+        full pass, and gives the `mean_prediction`.
         """
         from tqdm import tqdm
 
@@ -497,6 +516,11 @@ class TransformerLogprobsClassifier:
             raise ValueError(f"temperature must be above 0, got {temperature}")
         if isinstance(texts, str):
             raise TypeError("texts must be a list of strings, got one string; use classify(text)")
+        if len(self.encoders) > 1:
+            passes = [
+                order.classify_batch(texts, ids, temperature, progress) for order in self.orders
+            ]
+            return [mean_prediction(self.task, rows) for rows in zip(*passes, strict=True)]
         ids = [str(i) for i in range(len(texts))] if ids is None else list(ids)
         results, rows = self._encode_rows(texts, ids)
         with tqdm(total=len(rows), unit="text", disable=not progress, file=sys.stderr) as bar:
@@ -614,7 +638,7 @@ class TransformerLogprobsClassifier:
 
     def explain(self, text, k=8):
         """`Explanation` of one text: prediction, top-k tokens and each label's words."""
-        prediction = self.classify(text)
+        orders = tuple(order.classify(text) for order in self.orders)
         prompt = text.strip()
         ids, _ = self.encoder.encode([prompt])[0]
         logprobs = self._next_token_logprobs([ids])[0, 0]
@@ -634,7 +658,8 @@ class TransformerLogprobsClassifier:
                 tokens = tuple(dict.fromkeys(word[0] for word in self.encoder.label_words[i]))
             words[label.name] = tuple(sorted(map(row, tokens), key=lambda t: t.rank))
         top = tuple(row(token) for token in order[:k].tolist())
-        return Explanation(self.encoder.prompt(prompt), prediction, top, words)
+        answer = mean_prediction(self.task, orders)
+        return Explanation(self.encoder.prompt(prompt), orders[0], top, words, orders, answer)
 
     def next_token_distribution(self, prompt, k=8):
         """The k most probable next tokens after `prompt` as it stands, without a template.
@@ -654,6 +679,25 @@ class TransformerLogprobsClassifier:
             TokenProbability(i + 1, t, visible_token(self.tokenizer, t), v, math.exp(v))
             for i, (v, t) in enumerate(zip(values.tolist(), tokens.tolist(), strict=True))
         ]
+
+
+def mean_prediction(task, predictions):
+    """One `Prediction` out of those in every order of the options; of a single one, itself.
+
+    Probabilities are averaged, not their logarithms: the mean is what a model says that is shown
+    the options in an order drawn at random. An error in one order is one of the whole.
+    """
+    failed = [p for p in predictions if p.error is not None]
+    if failed or len(predictions) == 1:
+        return (failed or predictions)[0]
+    logprobs = np.array([p.label_logprobs for p in predictions])  # (orders, K)
+    return prediction_from_logprobs(
+        predictions[0].example_id,
+        task,
+        np.logaddexp.reduce(logprobs, axis=0) - np.log(len(predictions)),
+        truncated=any(p.truncated for p in predictions),
+        latency_sec=sum(p.latency_sec for p in predictions),
+    )
 
 
 def text_problem(text):
