@@ -2,6 +2,7 @@
 
     python logprobs_confidence.py                            # confident and unsure examples
     python logprobs_confidence.py "Best worst thing ever"    # texts of your own
+    python logprobs_confidence.py --task spam "You have won!"
 
 A text is put into the task's question and the model's chat template. One deterministic forward pass
 gives the probability of every possible next token; the probabilities of each label's answer words
@@ -24,7 +25,16 @@ from pathlib import Path
 import numpy as np
 
 from records import TOKEN_PROBABILITY, Prediction, prediction_from_logprobs
-from settings import SENTIMENT, ModelSettings, UserError, fingerprint, resolve_model
+from settings import (
+    SENTIMENT,
+    ModelSettings,
+    TaskSettings,
+    UserError,
+    add_arguments,
+    fingerprint,
+    from_arguments,
+    resolve_model,
+)
 
 # Llama 3.x chat templates print today's date; a fixed one keeps the prompt the same every day.
 TEMPLATE_DATE = "26 Jul 2024"
@@ -750,23 +760,26 @@ def main(argv=None):
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts to classify")
     parser.add_argument("--model", default="embedded", help="preset, hub id or folder")
     parser.add_argument("--adapter", help="folder of a LoRA adapter")
+    add_arguments(parser, TaskSettings)
     arguments = parser.parse_args(argv)
     try:
-        classifier = TransformerLogprobsClassifier(arguments.model, arguments.adapter)
+        task = from_arguments(TaskSettings, arguments).build()
+        classifier = TransformerLogprobsClassifier(arguments.model, arguments.adapter, task)
         texts = arguments.texts or list(DEMONSTRATION_TEXTS)
         predictions = classifier.classify_batch(texts)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    first = classifier.task.label_names[0]
-    print(f"{'confidence':>10}  {'label mass':>10}  {f'P({first})':>12}  {'predicted':<10} text")
+    first = f"P({task.label_names[0]})"
+    wide, name = max(12, len(first)), max(10, *map(len, task.label_names))
+    print(f"{'confidence':>10}  {'label mass':>10}  {first:>{wide}}  {'predicted':<{name}} text")
     for text, p in zip(texts, predictions, strict=True):
         if p.error is not None:
-            print(f"{'':>10}  {'':>10}  {'':>12}  {'error':<10} {p.error}")
+            print(f"{'':>10}  {'':>10}  {'':>{wide}}  {'error':<{name}} {p.error}")
             continue
         print(
-            f"{p.confidence:>10.4f}  {p.label_mass:>10.4f}  {p.probability:>12.4f}  "
-            f"{p.predicted:<10} {text}"
+            f"{p.confidence:>10.4f}  {p.label_mass:>10.4f}  {p.probability:>{wide}.4f}  "
+            f"{p.predicted:<{name}} {text}"
         )
     return 1 if any(p.error is not None for p in predictions) else 0
 

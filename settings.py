@@ -462,6 +462,15 @@ def from_arguments(cls, arguments):
     return cls(**{f.name: getattr(arguments, f.name) for f in fields(cls)})
 
 
+def changed_flags(settings):
+    """The command-line flags of a settings object, where it differs from the defaults."""
+    return [
+        f"--{f.name.replace('_', '-')}={value}"
+        for f in fields(settings)
+        if (value := getattr(settings, f.name)) != f.default
+    ]
+
+
 def add_cache_arguments(parser):
     """--cache-dir and --images-dir, for the scripts that read a finished evaluation."""
     for flag, folder, use in (
