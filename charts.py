@@ -20,7 +20,7 @@ from pathlib import Path
 import matplotlib.style
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -53,6 +53,7 @@ MODELS = {"base": "base model", "finetuned": "fine-tuned model"}
 
 PROGRESSION_SIZES = (100, 200, 500, 1000)
 MOST_CATEGORIES = 12
+MOST_LABELS = 12  # of a confusion matrix: with more its cells have no room for numbers
 CONFIDENCE_LABEL = "confidence: probability of the predicted label"
 LONGEST_NAME = 28  # characters of a category name on an axis
 
@@ -104,6 +105,11 @@ class Evaluation:
     @property
     def models(self):
         return [model for model in (self.base, self.finetuned) if model is not None]
+
+    @property
+    def countable(self):
+        """The evaluation itself, or None if its labels are too many for a confusion matrix."""
+        return self if len(self.base.results.task.labels) <= MOST_LABELS else None
 
     @property
     def divisible(self):
@@ -251,21 +257,23 @@ def _calibration_and_test(model):
 def prepare_accuracy_comparison(models, method="raw"):
     """Accuracy of all test rows and of every category, for each model.
 
+    Where no row has a category, the true labels stand in their place.
     Returns names (G,): "all test rows", then the categories (the MOST_CATEGORIES largest) from the
-    largest gain of the last model over the first to the smallest; left_out: how many categories
-    were too many; for each model count, accuracy, wilson_low, wilson_high, (G,) each.
+    largest gain of the last model over the first to the smallest; what: "categories" or "labels";
+    left_out: how many of these were too many; for each model count, accuracy, wilson_low,
+    wilson_high, (G,) each.
     """
-    categories, sizes = np.unique(
-        np.concatenate([model.category for model in models]), return_counts=True
-    )
+    what, part_of = "categories", {model.name: model.category for model in models}
+    if not any(part.any() for part in part_of.values()):
+        what, part_of = "labels", {model.name: model.label_name for model in models}
+    categories, sizes = np.unique(np.concatenate(list(part_of.values())), return_counts=True)
     categories = categories[np.argsort(-sizes, kind="stable")]
-    if categories.tolist() == [""]:
-        categories = categories[:0]
     kept = categories[:MOST_CATEGORIES]
 
     def numbers(model, categories):
         _, correct = model.confidence(method)
-        parts = [np.ones(len(correct), dtype=bool), *(model.category == c for c in categories)]
+        part = part_of[model.name]
+        parts = [np.ones(len(correct), dtype=bool), *(part == c for c in categories)]
         columns = []
         for rows in parts:
             column = (0, np.nan, np.nan, np.nan)
@@ -281,9 +289,29 @@ def prepare_accuracy_comparison(models, method="raw"):
     return {
         "method": method,
         "names": ["all test rows", *(str(c) or "no category" for c in kept)],
+        "what": what,
         "left_out": len(categories) - len(kept),
         "models": {model.name: numbers(model, kept) for model in models},
     }
+
+
+def prepare_confusion(models, method="raw"):
+    """Which label each model answered, by the true label.
+
+    Returns labels (K,), and for each model counts (K, K) int: true label by answered label; share
+    (K, K): the same as fractions of a row, NaN for a label without test rows; accuracy.
+    """
+    labels = models[0].results.task.label_names
+    numbers = {}
+    for model in models:
+        _, correct = model.confidence(method)
+        answered = model.probabilities[method].argmax(axis=1)
+        counts = np.zeros((len(labels), len(labels)), dtype=np.int64)
+        np.add.at(counts, (model.label, answered), 1)
+        rows = counts.sum(axis=1, keepdims=True)
+        share = counts / np.where(rows == 0, np.nan, rows)
+        numbers[model.name] = {"counts": counts, "share": share, "accuracy": correct.mean()}
+    return {"method": method, "labels": labels, "models": numbers}
 
 
 def prepare_calibration_errors(models):
@@ -802,10 +830,50 @@ def plot_accuracy_comparison(data, figure):
     _percent_axis(ax, "x")
     ax.set_xlabel("accuracy: share of right answers among the test rows")
     if data["left_out"]:
-        ax.set_ylabel(f"the {len(y) - 1} largest categories; {data['left_out']:,} more not shown")
+        more = f"{data['left_out']:,} more not shown"
+        ax.set_ylabel(f"the {len(y) - 1} largest {data['what']}; {more}")
     n = {name: numbers["count"][0] for name, numbers in data["models"].items()}
     ax.set_title(_rows_text(n))
     _legend(foot, [ax], ncols=3)
+
+
+def plot_confusion(data, figure):
+    """A matrix a model: rows are true labels, columns answers; each row adds up to 100 %.
+
+    Beside each other while the numbers have room, else below each other; the height follows.
+    """
+    k, n = len(data["labels"]), len(data["models"])
+    names = [_short(name) for name in data["labels"]]
+    longest = max(map(len, names))
+    beside = k <= 5 and longest <= 14
+    side = min(10 / n - 1.5, 5.5) if beside else min(7.5, 1.5 * k)  # inches
+    figure.set_size_inches(10, (side + 1.5) * (1 if beside else n) + 0.6)
+    figure.suptitle(f"Which label is taken for which, {METHODS[data['method']]}")
+    axes = figure.subplots(*((1, n) if beside else (n, 1)), squeeze=False).flat
+    upright = longest * k > (40 if beside else 90)
+    for (name, numbers), ax in zip(data["models"].items(), axes, strict=True):
+        color = darker(MODEL_COLORS[name], 0.15)
+        shades = LinearSegmentedColormap.from_list(name, ["white", color])
+        ax.imshow(numbers["share"], cmap=shades, vmin=0, vmax=1)
+        for i, j in np.ndindex(k, k):
+            share, count = numbers["share"][i, j], numbers["counts"][i, j]
+            text = f"{100 * share:.0f} %\n{count:,}" if count else "0"
+            weight = "bold" if i == j else "normal"
+            size = 11 if k <= 3 else 9
+            ax.text(j, i, text, ha="center", va="center", fontsize=size, fontweight=weight)
+        rows = numbers["counts"].sum(axis=1)
+        ax.set_yticks(range(k), [f"{one}\nn = {m:,}" for one, m in zip(names, rows, strict=True)])
+        ax.set_xticks(range(k), names, rotation=90 if upright else 0)
+        ax.set_xticks(np.arange(k + 1) - 0.5, minor=True)
+        ax.set_yticks(np.arange(k + 1) - 0.5, minor=True)
+        ax.grid(which="major", visible=False)
+        ax.grid(which="minor", color="white", linewidth=2)
+        ax.tick_params(which="both", length=0)
+        ax.spines[:].set_visible(False)
+        ax.set_ylabel("true label")
+        ax.set_xlabel("answer of the model")
+        accuracy = _percent(numbers["accuracy"])
+        ax.set_title(f"{MODELS[name]}: accuracy {accuracy}\nn = {rows.sum():,} test rows")
 
 
 def plot_calibration_errors(data, figure):
@@ -1024,6 +1092,13 @@ CHARTS = (
         lambda evaluation: prepare_calibrator_comparison(evaluation.models),
         plot_calibrator_comparison,
         (10, 6.4),
+    ),
+    Chart(
+        "calibration/confusion_matrix.png",
+        "countable",
+        lambda evaluation: prepare_confusion(evaluation.models),
+        plot_confusion,
+        (10, 5.6),
     ),
     Chart(
         "calibration/risk_coverage.png",

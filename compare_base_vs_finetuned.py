@@ -114,7 +114,7 @@ def overall_text(table):
 
 
 def breakdown_text(parts, what):
-    """Accuracy by category or domain; what: its plural."""
+    """Accuracy by label, category or domain; what: its plural."""
     if not parts:
         return f"The rows of this cache have no {what}."
     rows = [
@@ -164,6 +164,7 @@ def comparison_text(table):
         [
             prose(title),
             overall_text(table),
+            breakdown_text(table["labels"], "labels"),
             breakdown_text(table["categories"], "categories"),
             breakdown_text(table["domains"], "domains"),
             ranking_text(table["ranking"]),

@@ -94,6 +94,11 @@ class ModelEvaluation:
         return probabilities.max(axis=1), probabilities.argmax(axis=1) == self.label
 
     @property
+    def label_name(self):
+        """(n,) str, the name of each true label."""
+        return np.array(self.results.task.label_names)[self.label]
+
+    @property
     def selected(self):
         """Name of the calibrator that cross-fitting on the calibration rows chose."""
         return self.entry["selection"]["chosen"]
@@ -436,8 +441,9 @@ def model_comparison(first, second, seed=0):
         ece, aurc: likewise without p-values: they are no means over rows;
         mcnemar: `mcnemar_test`;
         high_confidence: for each model rows of confidence ≥ 0.9 and their accuracy, None if none;
-      categories, domains: the three scores under "selected", one entry a category, from the
-        largest gain in accuracy to the least; p_value_holm is over the categories, score by score;
+      labels, categories, domains: the three scores under "selected", one entry a true label (or
+        category, domain), from the largest gain in accuracy to the least; p_value_holm is over
+        the entries, score by score;
       ranking: both models, raw and selected, by log-loss, with those that each beats (Holm over all
         pairs).
     Raises UserError when the rows that both have are of fewer than 2 groups.
@@ -445,8 +451,9 @@ def model_comparison(first, second, seed=0):
     models, names = (first, second), (first.name, second.name)
     ids = [np.array(model.entry["test"]["ids"]) for model in models]
     _, *places = np.intersect1d(*ids, assume_unique=True, return_indices=True)
-    label, category, domain, group = (
-        getattr(first, key)[places[0]] for key in ("label", "category", "domain", "group")
+    label, label_name, category, domain, group = (
+        getattr(first, key)[places[0]]
+        for key in ("label", "label_name", "category", "domain", "group")
     )
     n_groups = len(np.unique(group))
     if n_groups < 2:
@@ -475,6 +482,7 @@ def model_comparison(first, second, seed=0):
         "n_groups": n_groups,
         "left_out": len(set(ids[0].tolist()) ^ set(ids[1].tolist())),
         "methods": methods,
+        "labels": _breakdown(label_name, pair, names, label, group, seed),
         "categories": _breakdown(category, pair, names, label, group, seed),
         "domains": _breakdown(domain, pair, names, label, group, seed),
         "ranking": _ranking(candidates, label, group, seed),

@@ -16,7 +16,13 @@ import numpy as np
 
 from calibration_metrics import wilson_interval
 from records import CONSISTENCY, Prediction, label_probabilities
-from settings import EvaluationSettings, UserError
+from settings import (
+    EvaluationSettings,
+    TaskSettings,
+    UserError,
+    add_arguments,
+    from_arguments,
+)
 
 
 @dataclass(frozen=True)
@@ -107,30 +113,33 @@ def main(argv=None):
     parser.add_argument("--samples", type=int, default=100, help="largest number of samples")
     parser.add_argument("--temperature", type=float, default=defaults.temperature)
     parser.add_argument("--seed", type=int, default=defaults.evaluation_seed)
+    add_arguments(parser, TaskSettings)
     arguments = parser.parse_args(argv)
     if arguments.samples < 1 or arguments.temperature <= 0:
         parser.error("--samples must be at least 1 and --temperature above 0")
     from logprobs_confidence import TransformerLogprobsClassifier
 
     try:
-        classifier = TransformerLogprobsClassifier(arguments.model, arguments.adapter)
+        task = from_arguments(TaskSettings, arguments).build()
+        classifier = TransformerLogprobsClassifier(arguments.model, arguments.adapter, task)
         prediction = classifier.classify(arguments.text, temperature=arguments.temperature)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    names = classifier.task.label_names
+    names = task.label_names
+    wide = max(12, *map(len, names))
     exact = answer_distribution(prediction.label_logprobs)
     print(f"text:        {arguments.text}")
     shares = ", ".join(f"{n} {p:.4f}" for n, p in zip(names, exact, strict=False))
     print(f"one pass:    {shares}, other {exact[-1]:.4f}  (temperature {arguments.temperature:g})")
-    print(f"{'samples':>8}  {'majority':<12} {'agreement':>9}   95 % interval   counts")
+    print(f"{'samples':>8}  {'majority':<{wide}} {'agreement':>9}   95 % interval   counts")
     for n in [n for n in (1, 2, 5, 10, 20, 50) if n < arguments.samples] + [arguments.samples]:
         rng = np.random.default_rng(arguments.seed)
         c = sample_consistency(prediction.label_logprobs, n, rng)
         counts = ", ".join(f"{name} {k}" for name, k in zip(names, c.counts, strict=True))
         majority = "none" if c.majority is None else names[c.majority]
         print(
-            f"{n:>8}  {majority:<12} {c.agreement:>9.3f}   "
+            f"{n:>8}  {majority:<{wide}} {c.agreement:>9.3f}   "
             f"{c.low:.3f} – {c.high:.3f}   {counts}, other {c.other}"
         )
     return 0

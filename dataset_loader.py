@@ -149,9 +149,12 @@ def group_examples(examples: list[Example]) -> list[Example]:
     return [replace(e, group=name[find(i)]) for i, e in enumerate(examples)]
 
 
-def split_examples(examples: list[Example], seed: int) -> list[Example]:
+def split_examples(
+    examples: list[Example], seed: int, held_out: dict[str, int] = HELD_OUT_PER_MILLE
+) -> list[Example]:
     """The same examples with `split` set: 72 % train, 8 % validation, 10 % calibration, 10 % test.
 
+    held_out: other shares of test, calibration and validation, in rows of a thousand.
     A group is never divided; an example without a group is one by itself. Every stratum, that is
     every label and category, gives each split its share as exactly as the sizes of the groups
     allow. A group that spans strata counts as one of its majority; such groups are dealt out first,
@@ -178,7 +181,8 @@ def split_examples(examples: list[Example], seed: int) -> list[Example]:
                 rows.update(parts[name])
         owed: Counter[tuple[str, str]] = Counter()  # 1/1000 rows by label and split, carried on
         for stratum in sorted(led_by):
-            split_of.update(_deal_out(stratum, led_by[stratum], parts, rows, held, owed))
+            dealt = _deal_out(stratum, led_by[stratum], parts, rows, held, owed, held_out)
+            split_of.update(dealt)
 
     for label in sorted({e.label for e in examples}):
         names = sorted(n for n in parts if lead[n][0] == label)
@@ -193,7 +197,7 @@ def split_examples(examples: list[Example], seed: int) -> list[Example]:
                 spare = [n for n in names if split_of[n] == max(SPLITS, key=counts.__getitem__)]
                 split_of[min(spare, key=lambda n: parts[n].total())] = split
     total = Counter(split_of[e.group or e.id] for e in examples)
-    for split, share in HELD_OUT_PER_MILLE.items():
+    for split, share in held_out.items():
         if 2000 * total[split] < share * len(examples):
             warnings.warn(
                 f"only {total[split]} of {len(examples)} rows fell to {split}, not {share / 10} %; "
@@ -267,10 +271,11 @@ def _deal_out(
     rows: Counter[Stratum],
     held: Counter[tuple[Stratum, str]],
     owed: Counter[tuple[str, str]],
+    held_out: dict[str, int],
 ) -> dict[str, str]:
     """The split of every group in `names`, all led by `stratum`; updates `held` and `owed`."""
     split_of: dict[str, str] = {}
-    for split, share in HELD_OUT_PER_MILLE.items():
+    for split, share in held_out.items():
         debt = stratum[0], split
         owed[debt] += share * rows[stratum] - 1000 * held[stratum, split]
         # What other strata owe because their groups are large must not empty a small stratum.

@@ -55,42 +55,51 @@ NEXT_STEP = "run: python fine_tune_model.py --force-retrain"
 def training_fingerprint(data_print, task, model_print, training):
     """Identity of a fine-tuning run: the same one on the same machine gives the same adapter."""
     return fingerprint(
-        [MANIFEST_VERSION, data_print, task.to_json(), model_print, asdict(training)]
+        [MANIFEST_VERSION, data_print, task.asked.to_json(), model_print, asdict(training)]
     )
 
 
 class AnswerBatches:
     """The prompts and answers of the training rows, in batches of similar length.
 
-    A target is the first answer word of the row's label (its first token, or all of its tokens
-    where labels are scored whole). The order is a pure function of (seed, epoch).
+    encoders: one, or those of a lettered task, one for each order of its options; each row is asked
+    in an order drawn anew every epoch. A target is the first answer word of the row's label (its
+    first token, or all of its tokens where labels are scored whole). Batches, and the orders in
+    them, are a pure function of (seed, epoch).
     """
 
-    def __init__(self, encoder, examples, batch_size, seed):
+    def __init__(self, encoders, examples, batch_size, seed):
         self.batch_size, self.seed = batch_size, seed
-        if encoder.label_ids is not None:
-            words = [ids[:1] for ids in encoder.label_ids]
-        else:
-            words = [answers[0] for answers in encoder.label_words]
-        names = encoder.task.label_names
-        encoded = encoder.encode([e.text.strip() for e in examples])
-        self.rows = [
-            (ids, words[names.index(e.label)])
-            for (ids, _), e in zip(encoded, examples, strict=True)
-        ]
+        texts = [e.text.strip() for e in examples]
+        self.orders = []  # for each order its rows: (prompt ids, answer ids)
+        for encoder in encoders:
+            if encoder.label_ids is not None:
+                words = [ids[:1] for ids in encoder.label_ids]
+            else:
+                words = [answers[0] for answers in encoder.label_words]
+            names = encoder.task.label_names
+            self.orders.append(
+                [
+                    (ids, words[names.index(e.label)])
+                    for (ids, _), e in zip(encoder.encode(texts), examples, strict=True)
+                ]
+            )
 
     def epoch(self, number):
         """The batches of one epoch: lists of (prompt ids, answer ids)."""
         import numpy as np
 
+        n = len(self.orders[0])
+        drawn = np.random.default_rng([self.seed, number, 1]).integers(len(self.orders), size=n)
+        rows = [self.orders[order][i] for i, order in enumerate(drawn)]
         rng = np.random.default_rng([self.seed, number])
-        shuffled = rng.permutation(len(self.rows))
+        shuffled = rng.permutation(n)
         pool = 50 * self.batch_size  # sorted by length within a pool: little padding, still random
         batches = []
         for start in range(0, len(shuffled), pool):
-            part = sorted(shuffled[start : start + pool], key=lambda i: len(self.rows[i][0]))
+            part = sorted(shuffled[start : start + pool], key=lambda i: len(rows[i][0]))
             batches += [
-                [self.rows[i] for i in part[k : k + self.batch_size]]
+                [rows[i] for i in part[k : k + self.batch_size]]
                 for k in range(0, len(part), self.batch_size)
             ]
         return [batches[i] for i in rng.permutation(len(batches))]
@@ -341,7 +350,7 @@ def train(accelerator, classifier, splits, training, checkpoint):
     )
     wrapped = accelerator.prepare(model) if accelerator.num_processes > 1 else model
     batches = AnswerBatches(
-        classifier.encoder, splits["train"], training.batch_size, training.train_seed
+        classifier.encoders, splits["train"], training.batch_size, training.train_seed
     )
     world, rank = accelerator.num_processes, accelerator.process_index
     per_epoch = math.ceil(len(batches.epoch(0)) / (world * training.accumulation))

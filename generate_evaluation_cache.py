@@ -265,7 +265,8 @@ def check_adapter(adapter, task, model, base_print):
             f"{model.model}; run: python fine_tune_model.py --model {model.model}"
         )
     trained_for = read_json(adapter / "task.json", RETRAIN)
-    if fingerprint(trained_for) != fingerprint(task.to_json()):
+    trained_for |= {"wordings": (), "negated": ()}  # which training never saw
+    if fingerprint(trained_for) != fingerprint(task.asked.to_json()):
         raise UserError(
             f"the adapter in {adapter}/ was trained for the question "
             f"{trained_for.get('question')!r} and its labels, not for {task.question!r}; "

@@ -2,6 +2,7 @@
 
     python logprobs_confidence.py                            # confident and unsure examples
     python logprobs_confidence.py "Best worst thing ever"    # texts of your own
+    python logprobs_confidence.py --task spam "You have won!"
 
 A text is put into the task's question and the model's chat template. One deterministic forward pass
 gives the probability of every possible next token; the probabilities of each label's answer words
@@ -22,8 +23,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from records import TOKEN_PROBABILITY, Prediction, prediction_from_logprobs
-from settings import SENTIMENT, ModelSettings, UserError, fingerprint, resolve_model
+from settings import (
+    SENTIMENT,
+    ModelSettings,
+    TaskSettings,
+    UserError,
+    add_arguments,
+    fingerprint,
+    from_arguments,
+    resolve_model,
+)
 
 # Llama 3.x chat templates print today's date; a fixed one keeps the prompt the same every day.
 TEMPLATE_DATE = "26 Jul 2024"
@@ -57,19 +69,24 @@ class TokenProbability:
 class Explanation:
     """All that one forward pass says of one text.
 
-    prompt: the string the model reads (of a text beyond the context all but its middle). top: the
-    most probable next tokens. words: for every label its answer tokens with their probabilities,
-    which add up to the label's, except where labels collide on a first token and are scored whole.
+    prompt: the string the model reads (of a text beyond the context all but its middle).
+    prediction: what this pass says. top: the most probable next tokens. words: for every label its
+    answer tokens with their probabilities, which add up to the label's, except where labels collide
+    on a first token and are scored whole. orders: of a lettered task the prediction in every order
+    of the options, the prompt being that of the first; answer: their mean. Otherwise both are
+    `prediction` alone.
     """
 
     prompt: str
-    prediction: object
+    prediction: Prediction
     top: tuple[TokenProbability, ...]
     words: dict[str, tuple[TokenProbability, ...]]
+    orders: tuple[Prediction, ...]
+    answer: Prediction
 
 
 class PromptEncoder:
-    """Token ids of a task's prompt for any text; the text stays text, whatever it contains.
+    """Token ids of a plain task's prompt for any text; the text stays text, whatever it contains.
 
     The chat template is rendered once. What stands between its special tokens is tokenised with
     special-token parsing off, so "<|eot_id|>" inside a text is six harmless characters and not the
@@ -450,14 +467,14 @@ class TransformerLogprobsClassifier:
     it shares the base weights in memory, and `without_adapter()` switches it off for a while.
     task: the question and its labels. max_tokens is bounded by the model's context.
 
-    Attributes: device ("cuda", "mps", "cpu"), dtype (a torch dtype), encoder (`PromptEncoder`),
-    engine (`Engine`: whether prompts are shared, how many batches at a time), tolerance: the
-    largest difference of a probability between batched and one-at-a-time scoring.
+    Attributes: device ("cuda", "mps", "cpu"), dtype (a torch dtype), encoders (a `PromptEncoder`
+    for each of the task's `orders`), encoder (the first), engine (`Engine`: whether prompts are
+    shared, how many batches at a time), tolerance: the largest difference of a probability between
+    batched and one-at-a-time scoring.
     """
 
     def __init__(self, model="embedded", adapter=None, task=SENTIMENT):
         self.settings = model if isinstance(model, ModelSettings) else ModelSettings(model=model)
-        self.task = task
         self.adapter = str(adapter) if adapter is not None else None
         if self.adapter is not None and not (Path(adapter) / "adapter_config.json").exists():
             raise UserError(f"no adapter in {adapter}/; run: python fine_tune_model.py")
@@ -470,11 +487,11 @@ class TransformerLogprobsClassifier:
         self.tolerance = HALF_PRECISION_TOLERANCE if half else FULL_PRECISION_TOLERANCE
         if self.adapter is not None:
             self._load_adapter()
-        self.encoder = self._encoder(task)
         self._switch = {  # shared by `for_task` siblings
             "adapter": self.adapter is not None,
             "dropout": False,
         }
+        self._ask(task, self._encoders(task))
         self._check_engine()
 
     @property
@@ -496,18 +513,28 @@ class TransformerLogprobsClassifier:
                 file=sys.stderr,
             )
 
-    def _encoder(self, task):
+    def _ask(self, task, encoders):
+        self.task, self.encoders, self.encoder = task, encoders, encoders[0]
+
+    def _encoders(self, task):
         config = self.model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None) or self.settings.max_tokens
-        return PromptEncoder(
-            self.tokenizer, task, max_tokens=min(self.settings.max_tokens, context - 8)
-        )
+        max_tokens = min(self.settings.max_tokens, context - 8)
+        return tuple(PromptEncoder(self.tokenizer, order, max_tokens) for order in task.orders)
 
     def for_task(self, task):
         """A classifier for another question that shares this one's model, adapter and memory."""
+        return self._sibling(task, self._encoders(task))
+
+    def _sibling(self, task, encoders):
         sibling = copy.copy(self)
-        sibling.task, sibling.encoder = task, self._encoder(task)
+        sibling._ask(task, encoders)
         return sibling
+
+    @property
+    def orders(self):
+        """For each order of the options a classifier that asks in it alone; one, if plain."""
+        return tuple(self._sibling(encoder.task, (encoder,)) for encoder in self.encoders)
 
     @property
     def adapter_active(self):
@@ -538,7 +565,8 @@ class TransformerLogprobsClassifier:
             if self.adapter_active
             else None,
             "prompt": self.encoder.prompt("{text}"),
-            "label_words": {label.name: list(label.words) for label in self.task.labels},
+            "label_words": {label.name: list(label.words) for label in self.encoder.task.labels},
+            "orders": len(self.encoders),
             "tokenizer": hashlib.sha256(
                 self.tokenizer.backend_tokenizer.to_str().encode()
             ).hexdigest()[:16],
@@ -610,7 +638,8 @@ class TransformerLogprobsClassifier:
         texts: list of str. ids: their example ids (default: their positions). temperature:
         divides the logits; 1 is the model's own distribution, another value the one that sampling
         at that temperature draws from. progress: a bar on stderr. A text that cannot be scored
-        gives a row with `error` set.
+        gives a row with `error` set. A lettered task is asked in every order of its options, each a
+        full pass, and gives the `mean_prediction`.
         """
         from tqdm import tqdm
 
@@ -618,6 +647,11 @@ class TransformerLogprobsClassifier:
             raise ValueError(f"temperature must be above 0, got {temperature}")
         if isinstance(texts, str):
             raise TypeError("texts must be a list of strings, got one string; use classify(text)")
+        if len(self.encoders) > 1:
+            passes = [
+                order.classify_batch(texts, ids, temperature, progress) for order in self.orders
+            ]
+            return [mean_prediction(self.task, rows) for rows in zip(*passes, strict=True)]
         ids = [str(i) for i in range(len(texts))] if ids is None else list(ids)
         results, places = [None] * len(texts), {}  # text: where it stands, once or more
         for i, text in enumerate(texts):
@@ -701,7 +735,7 @@ class TransformerLogprobsClassifier:
 
     def explain(self, text, k=8):
         """`Explanation` of one text: prediction, top-k tokens and each label's words."""
-        prediction = self.classify(text)
+        orders = tuple(order.classify(text) for order in self.orders)
         prompt = text.strip()
         ids, _ = self.encoder.encode([prompt])[0]
         logprobs = self.engine.logits([ids], prefix=self._prefix())[0].log_softmax(-1)
@@ -721,7 +755,8 @@ class TransformerLogprobsClassifier:
                 tokens = tuple(dict.fromkeys(word[0] for word in self.encoder.label_words[i]))
             words[label.name] = tuple(sorted(map(row, tokens), key=lambda t: t.rank))
         top = tuple(row(token) for token in order[:k].tolist())
-        return Explanation(self.encoder.prompt(prompt), prediction, top, words)
+        answer = mean_prediction(self.task, orders)
+        return Explanation(self.encoder.prompt(prompt), orders[0], top, words, orders, answer)
 
     def next_token_distribution(self, prompt, k=8):
         """The k most probable next tokens after `prompt` as it stands, without a template.
@@ -741,6 +776,25 @@ class TransformerLogprobsClassifier:
             TokenProbability(i + 1, t, visible_token(self.tokenizer, t), v, math.exp(v))
             for i, (v, t) in enumerate(zip(values.tolist(), tokens.tolist(), strict=True))
         ]
+
+
+def mean_prediction(task, predictions):
+    """One `Prediction` out of those in every order of the options; of a single one, itself.
+
+    Probabilities are averaged, not their logarithms: the mean is what a model says that is shown
+    the options in an order drawn at random. An error in one order is one of the whole.
+    """
+    failed = [p for p in predictions if p.error is not None]
+    if failed or len(predictions) == 1:
+        return (failed or predictions)[0]
+    logprobs = np.array([p.label_logprobs for p in predictions])  # (orders, K)
+    return prediction_from_logprobs(
+        predictions[0].example_id,
+        task,
+        np.logaddexp.reduce(logprobs, axis=0) - np.log(len(predictions)),
+        truncated=any(p.truncated for p in predictions),
+        latency_sec=sum(p.latency_sec for p in predictions),
+    )
 
 
 def text_problem(text):
@@ -793,23 +847,26 @@ def main(argv=None):
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts to classify")
     parser.add_argument("--model", default="embedded", help="preset, hub id or folder")
     parser.add_argument("--adapter", help="folder of a LoRA adapter")
+    add_arguments(parser, TaskSettings)
     arguments = parser.parse_args(argv)
     try:
-        classifier = TransformerLogprobsClassifier(arguments.model, arguments.adapter)
+        task = from_arguments(TaskSettings, arguments).build()
+        classifier = TransformerLogprobsClassifier(arguments.model, arguments.adapter, task)
         texts = arguments.texts or list(DEMONSTRATION_TEXTS)
         predictions = classifier.classify_batch(texts)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    first = classifier.task.label_names[0]
-    print(f"{'confidence':>10}  {'label mass':>10}  {f'P({first})':>12}  {'predicted':<10} text")
+    first = f"P({task.label_names[0]})"
+    wide, name = max(12, len(first)), max(10, *map(len, task.label_names))
+    print(f"{'confidence':>10}  {'label mass':>10}  {first:>{wide}}  {'predicted':<{name}} text")
     for text, p in zip(texts, predictions, strict=True):
         if p.error is not None:
-            print(f"{'':>10}  {'':>10}  {'':>12}  {'error':<10} {p.error}")
+            print(f"{'':>10}  {'':>10}  {'':>{wide}}  {'error':<{name}} {p.error}")
             continue
         print(
-            f"{p.confidence:>10.4f}  {p.label_mass:>10.4f}  {p.probability:>12.4f}  "
-            f"{p.predicted:<10} {text}"
+            f"{p.confidence:>10.4f}  {p.label_mass:>10.4f}  {p.probability:>{wide}.4f}  "
+            f"{p.predicted:<{name}} {text}"
         )
     return 1 if any(p.error is not None for p in predictions) else 0
 

@@ -61,6 +61,21 @@ def category_accuracy(cache_dir: Path, models: list[str]) -> dict:
     return table
 
 
+def label_accuracy(cache_dir: Path, models: list[str]) -> dict:
+    """{model: {true label: accuracy}} in the order of the task, without labels of no test row."""
+    table = {}
+    for name in models:
+        results = load_results(Path(cache_dir) / MODEL_FILES[name])
+        test = results.arrays("test")
+        of_label = [test["correct"][test["label"] == k] for k in range(len(results.task.labels))]
+        table[name] = {
+            label: float(correct.mean())
+            for label, correct in zip(results.task.label_names, of_label, strict=True)
+            if len(correct)
+        }
+    return table
+
+
 def summary_rows(cache_dir: Path) -> list[tuple[str, list[str]]]:
     """[(title, one value a model)], the first row naming the models."""
     metrics = metrics_by_model(cache_dir)
@@ -91,9 +106,12 @@ def summary_rows(cache_dir: Path) -> list[tuple[str, list[str]]]:
                     lambda of, m=method: f"{of[m]['ece']['null_mean']:.3f}",
                 )
     add("Platt confidence ≥ 90 %", confident)
-    categories = category_accuracy(cache_dir, models)
-    for category in categories["base"]:
-        right = [categories[m].get(category) for m in models]
-        values = ["none scored" if r is None else f"{100 * r:.1f}" for r in right]
-        rows.append((f"accuracy, {category}, %", values))
+    for what, accuracy in (
+        ("true label ", label_accuracy(cache_dir, models)),
+        ("", category_accuracy(cache_dir, models)),
+    ):
+        for part in accuracy["base"]:
+            right = [accuracy[m].get(part) for m in models]
+            values = ["none scored" if r is None else f"{100 * r:.1f}" for r in right]
+            rows.append((f"accuracy, {what}{part}, %", values))
     return rows

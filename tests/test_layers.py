@@ -26,6 +26,7 @@ LAYERS = {
     "logprobs_confidence": 2,
     "consistency_confidence": 2,
     "charts": 2,
+    "run_all_tasks": ENTRY_POINTS,
     "run_complete_pipeline": ENTRY_POINTS,
     "fine_tune_model": ENTRY_POINTS,
     "generate_evaluation_cache": ENTRY_POINTS,

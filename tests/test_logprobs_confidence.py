@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -417,9 +418,85 @@ def test_another_task_shares_the_model_and_leaves_the_first_as_it_was(classifier
     assert classifier.classify("I loved it.").label_logprobs == before.label_logprobs
 
 
+NEWS = Task(
+    "news",
+    "What is this news item about?",
+    tuple(Label(n, (n,)) for n in ("World", "Sports", "Business", "Sci/Tech")),
+    lettered=True,
+)
+ITEMS = ("Stocks fell sharply on Monday.", "The striker scored twice.", "A new chip is out.")
+
+
+@pytest.fixture(scope="module")
+def lettered(classifier):
+    return classifier.for_task(NEWS)
+
+
+def test_lettered_probabilities_are_the_mean_over_every_order(classifier, lettered):
+    rows = lettered.classify_batch(list(ITEMS), ids=["a", "b", "c"])
+    assert [row.example_id for row in rows] == ["a", "b", "c"]
+    every = []  # (orders, texts, labels)
+    for order in NEWS.orders:
+        plain = classifier.for_task(order)
+        every.append([np.exp(brute_force_logprobs(plain, text)) for text in ITEMS])
+    spread = np.ptp(every, axis=0) / np.mean(every, axis=0)
+    assert spread.max() > 0.5, "the order makes no difference to this model"
+    for row, mean in zip(rows, np.mean(every, axis=0), strict=True):
+        assert np.exp(row.label_logprobs) == pytest.approx(mean, rel=1e-3)
+        assert row.label_mass == pytest.approx(mean.sum(), rel=1e-3)
+        assert row.predicted == NEWS.label_names[int(mean.argmax())]
+        assert row.probability == pytest.approx(mean[0] / mean.sum(), rel=1e-3)
+        assert row.confidence == pytest.approx(mean.max(), rel=1e-3)
+
+
+def test_where_the_list_of_options_begins_makes_no_difference(classifier, lettered):
+    rotated = classifier.for_task(replace(NEWS, labels=NEWS.labels[1:] + NEWS.labels[:1]))
+    for text in ITEMS:
+        first, second = lettered.classify(text), rotated.classify(text)
+        assert second.label_logprobs == pytest.approx(
+            first.label_logprobs[1:] + first.label_logprobs[:1], abs=1e-4
+        )
+
+
+def test_a_lettered_text_that_cannot_be_scored_is_one_error_row(lettered):
+    good, empty, long = lettered.classify_batch(["good", " ", "word " * 3000])
+    assert good.error is None and not good.truncated
+    assert "empty" in empty.error and empty.label_logprobs is None
+    assert long.truncated and long.error is None
+
+
+def test_a_calibrator_of_lettered_options_fits_nothing_else(classifier, lettered):
+    tasks = (
+        NEWS,
+        NEWS.orders[0],  # what a user could write by hand: the same prompt, one order
+        replace(NEWS, labels=NEWS.labels[1:] + NEWS.labels[:1]),
+        replace(NEWS, labels=(replace(NEWS.labels[0], words=("Abroad",)), *NEWS.labels[1:])),
+        replace(NEWS, lettered=False),
+    )
+    prints = [classifier.for_task(task).identity["fingerprint"] for task in tasks]
+    assert len(set(prints)) == len(tasks)
+    assert lettered.identity["fingerprint"] == prints[0]
+    assert lettered.identity["orders"] == 4 and classifier.identity["orders"] == 1
+    assert lettered.identity["label_words"]["Sci/Tech"] == ["D"]
+
+
+def test_the_explanation_of_lettered_options_shows_one_order_and_the_mean(lettered):
+    explanation = lettered.explain(ITEMS[0], k=3)
+    assert "\nD. Sci/Tech\n" in explanation.prompt
+    assert explanation.orders[0] == explanation.prediction and len(explanation.orders) == 4
+    assert {t.token for tokens in explanation.words.values() for t in tokens} == set(
+        map(repr, "ABCD")
+    )
+    total = explanation.words["World"][0].logprob
+    assert total == pytest.approx(explanation.prediction.label_logprobs[0], abs=1e-4)
+    answer = lettered.classify(ITEMS[0])
+    assert explanation.answer.label_logprobs == pytest.approx(answer.label_logprobs, abs=1e-5)
+
+
 def test_explanation_adds_up(classifier):
     explanation = classifier.explain("I loved it.", k=8)
     row = explanation.prediction
+    assert explanation.answer is row and explanation.orders == (row,)
     assert [t.rank for t in explanation.top] == list(range(1, 9))
     assert explanation.prompt.count("I loved it.") == 1
     for name, logprob in zip(SENTIMENT.label_names, row.label_logprobs, strict=True):
