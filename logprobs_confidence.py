@@ -399,6 +399,7 @@ def load_model_and_tokenizer(settings):
     if not quantization and not spread:
         model.to(torch_device(device))
     use_float32_head(model)
+    model.requires_grad_(False)  # what is trained is added later
     model.eval()
     return model, tokenizer, device
 
@@ -481,7 +482,7 @@ class TransformerLogprobsClassifier:
         from engine import Engine
 
         model, self.tokenizer, self.device = load_model_and_tokenizer(self.settings)
-        self.engine = Engine(model, self.settings.batch_tokens)
+        self.engine = Engine(model, self._sharing_problem, self.settings.batch_tokens)
         self.dtype = self.model.dtype
         half = str(self.dtype) != "torch.float32" or self.settings.quantization != "none"
         self.tolerance = HALF_PRECISION_TOLERANCE if half else FULL_PRECISION_TOLERANCE
@@ -492,7 +493,6 @@ class TransformerLogprobsClassifier:
             "dropout": False,
         }
         self._ask(task, self._encoders(task))
-        self._check_engine()
 
     @property
     def model(self):
@@ -503,15 +503,20 @@ class TransformerLogprobsClassifier:
     def model(self, model):
         self.engine.model = model
 
-    def _check_engine(self):
+    def _sharing_problem(self):
+        """Why whole prompts have to be scored, said on stderr, or None."""
+        from engine import sharing_problem
+
         prompts = [ids for ids, _ in self.encoder.encode(CHECK_TEXTS)]
-        problem = self.engine.check(prompts, self.encoder.prefix_length, self.tolerance)
+        length = self.encoder.prefix_length
+        problem = sharing_problem(self.model, prompts, length, self.tolerance)
         if problem is not None:
             print(
                 f"warning: {self.settings.model}: every text is scored with its whole prompt, "
                 f"which is slower: {problem}",
                 file=sys.stderr,
             )
+        return problem
 
     def _ask(self, task, encoders):
         self.task, self.encoders, self.encoder = task, encoders, encoders[0]
@@ -607,6 +612,7 @@ class TransformerLogprobsClassifier:
             raise UserError(
                 "Monte-Carlo dropout needs an adapter that was trained with --dropout above 0"
             )
+        _ = self.engine.shares_prefix  # found out without dropout
         devices = [torch.cuda.current_device()] if self.device == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)

@@ -18,6 +18,7 @@ from dataclasses import replace
 import pytest
 
 import fine_tune_model
+from conftest import ARCHITECTURES
 from dataset_loader import load_splits
 from fine_tune_model import (
     AnswerBatches,
@@ -291,11 +292,58 @@ def test_answer_loss_is_the_mean_of_plain_forward_passes_whatever_the_padding(cl
     rows = AnswerBatches((encoder,), EXAMPLES, batch_size=8, seed=0).orders[0]
     assert len({len(ids) for ids, _ in rows}) > 2  # so that there is padding
     expected = plain_loss(classifier.model, encoder, EXAMPLES)
-    together = float(answer_loss(classifier.model, rows, classifier.device).detach())
+    together = float(answer_loss(classifier.model, rows).detach())
     assert together == pytest.approx(sum(expected) / len(expected), abs=1e-3)
     for row, loss in zip(rows, expected, strict=True):
-        alone = float(answer_loss(classifier.model, [row], classifier.device).detach())
+        alone = float(answer_loss(classifier.model, [row]).detach())
         assert alone == pytest.approx(loss, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_sharing_the_prompt_leaves_the_gradients_as_they_are(tiny_model_folder, name):
+    import torch
+
+    model = ModelSettings(str(tiny_model_folder(name)), device="cpu")
+    classifier = TransformerLogprobsClassifier(model)
+    training = TrainingSettings(rank=4, dropout=0.0, target_modules="all-linear").for_model(1e6)
+    classifier.model = fine_tune_model.add_adapter(classifier, training)
+    torch.manual_seed(0)
+    trainable = [p for p in classifier.model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in trainable:  # a fresh adapter's second half is zero, and so are some gradients
+            p.add_(0.1 * torch.randn_like(p))
+    rows = AnswerBatches(classifier.encoders, EXAMPLES, batch_size=8, seed=0).orders[0]
+    classifier.model.train()
+    for module in classifier.model.modules():
+        if isinstance(module, torch.nn.Dropout):  # of GPT-2 itself
+            module.p = 0.0
+
+    def loss_and_gradient(share):
+        classifier.model.zero_grad()
+        loss = answer_loss(classifier.model, rows, share)
+        loss.backward()
+        return float(loss.detach()), torch.cat([p.grad.flatten() for p in trainable])
+
+    calls = []
+    hook = classifier.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    plain_loss, plain = loss_and_gradient(False)
+    loss, gradient = loss_and_gradient(True)
+    hook.remove()
+    assert len(calls) == 3  # whole prompts, then the prefix and the tails or whole prompts again
+    assert loss == pytest.approx(plain_loss, rel=1e-5)
+    assert float((gradient - plain).norm() / plain.norm()) < 1e-5
+    assert float(plain.norm()) > 1e-3
+
+
+def test_prompts_with_nothing_in_common_or_all_alike_are_trained_on_too(classifier):
+    ids = classifier.encoder.encode(["Good.", "Bad."])
+    answer = classifier.encoder.label_ids[0][:1]
+    (good, _), (bad, _) = ids
+    for batch in ([(good, answer)], [(good, answer)] * 3, [(good, answer), (bad[1:], answer)]):
+        expected = float(answer_loss(classifier.model, batch, share=False).detach())
+        assert float(answer_loss(classifier.model, batch).detach()) == pytest.approx(
+            expected, abs=1e-5
+        )
 
 
 def test_batches_are_a_pure_function_of_seed_and_epoch_and_cover_every_row_once(classifier):
@@ -361,7 +409,7 @@ def test_only_the_adapter_gets_gradients():
     model = fine_tune_model.add_adapter(classifier, TrainingSettings(rank=4).for_model(7e6))
     model.train()
     rows = AnswerBatches(classifier.encoders, EXAMPLES, batch_size=8, seed=0).orders[0]
-    answer_loss(model, rows, classifier.device).backward()
+    answer_loss(model, rows).backward()
     got = {name for name, p in model.named_parameters() if p.grad is not None}
     assert got == {name for name, p in model.named_parameters() if "lora_" in name}
     assert all(
@@ -600,7 +648,7 @@ def test_validation_does_not_change_the_gradients_of_four_bit_training():
     def gradients():
         classifier.model.train()
         classifier.model.zero_grad()
-        answer_loss(classifier.model, rows, classifier.device).backward()
+        answer_loss(classifier.model, rows).backward()
         named = classifier.model.named_parameters()
         return {name: p.grad.clone() for name, p in named if p.requires_grad}
 
