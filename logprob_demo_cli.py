@@ -157,6 +157,25 @@ def share_lines(task, prediction):
     ]
 
 
+def order_lines(task, explanation):
+    """Of lettered options: each label's probability at every letter, and the mean; else nothing."""
+    if len(explanation.orders) == 1:
+        return []
+    lines = wrapped(
+        f"The options were shown in {len(explanation.orders)} orders, above the first of them. "
+        "p(label) at each letter, and the mean, which is the answer:"
+    )
+    by_order = np.exp([prediction.label_logprobs for prediction in explanation.orders])
+    means = np.exp(explanation.answer.label_logprobs)
+    for k, name in enumerate(task.label_names):
+        at = ", ".join(
+            f"{order.labels[k].words[0]} {decimals(p)}"
+            for order, p in zip(task.orders, by_order[:, k], strict=True)
+        )
+        lines += wrapped(f"  p({name}): {at}; mean {decimals(means[k])}", 4)
+    return [*lines, ""]
+
+
 def meaning(prediction):
     """How sure the model is, and what that does and does not say."""
     sure = next((s for low, s in SURENESS if prediction.confidence >= low), "It is undecided")
@@ -225,27 +244,27 @@ def calibration_sentence(classifier, prediction, cache_dir):
 def report(classifier, text, k, cache_dir):
     """The lines of the demonstration for one text. Raises UserError."""
     explanation = classifier.explain(text, k)
-    prediction = explanation.prediction
+    first, answer = classifier.orders[0], explanation.answer
     labels_of = {}
     for name, tokens in explanation.words.items():
         for t in tokens:
             labels_of.setdefault(t.token_id, []).append(name)
-    whole_words = classifier.encoder.label_ids is None
     return [
         *prompt_lines(explanation),
         "",
         f"The {len(explanation.top)} most probable next tokens:",
         *table(explanation.top, labels_of),
         "",
-        *sum_lines(classifier.task, explanation, whole_words),
+        *sum_lines(first.task, explanation, first.encoder.label_ids is None),
         "",
-        *share_lines(classifier.task, prediction),
+        *share_lines(first.task, explanation.prediction),
         "",
-        f"Prediction: {prediction.predicted}, confidence p({prediction.predicted}) = "
-        f"{decimals(prediction.confidence)}",
+        *order_lines(classifier.task, explanation),
+        f"Prediction: {answer.predicted}, confidence p({answer.predicted}) = "
+        f"{decimals(answer.confidence)}",
         "",
-        *wrapped(meaning(prediction)),
-        *wrapped(calibration_sentence(classifier, prediction, cache_dir)),
+        *wrapped(meaning(answer)),
+        *wrapped(calibration_sentence(classifier, answer, cache_dir)),
     ]
 
 

@@ -93,6 +93,14 @@ def test_script_shows_agreement_from_one_sample_to_n(capsys):
         main(["x", "--samples", "0"])
 
 
+def test_script_asks_any_task(capsys):
+    assert main(["Shares rose.", "--task", "financial_sentiment", "--samples", "5"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"{name} " in out for name in ("positive", "neutral", "negative"))
+    assert main(["x", "--task", "no_such_task"]) == 1
+    assert "the shipped tasks are" in capsys.readouterr().err
+
+
 def test_no_answer_among_the_samples_is_an_error_and_no_default():
     unlikely = Prediction("a", "token_probability", label_logprobs=(-30.0, -31.0))
     (row,) = consistency_predictions(SENTIMENT, [unlikely], EvaluationSettings(samples=5))

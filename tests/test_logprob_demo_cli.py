@@ -173,6 +173,24 @@ def test_words_that_share_their_first_token_are_said_to_be_scored_whole(tmp_path
     assert float(sums.rpartition("= ")[2]) == pytest.approx(total, rel=0.06)
 
 
+def test_lettered_options_show_one_order_in_full_and_the_mean_of_all(classifier, tmp_path):
+    labels = tuple(Label(name, (f"It is {name}.",)) for name in ("good", "bad", "neither"))
+    lettered = classifier.for_task(Task("own", "What do you think?", labels, lettered=True))
+    lines = report(lettered, TEXT, 8, tmp_path)
+    text = "\n".join(lines)
+    assert "  | C. It is neither.\n" in text and "only the beginning" not in text
+    assert "p(good) = p('A')" in text and "p(neither) = p('C')" in text
+    answer = lettered.classify(TEXT)
+    assert f"Prediction: {answer.predicted}, confidence" in text
+    assert "The options were shown in 3 orders" in text
+    flat = " ".join(text.split())
+    for k, label in enumerate(labels):
+        *at, mean = numbers(re.search(rf"p\({label.name}\): (.+?; mean \S+)", flat)[1])
+        assert len(at) == 3 and sum(at) / 3 == pytest.approx(mean, abs=2e-6)
+        assert mean == pytest.approx(math.exp(answer.label_logprobs[k]), abs=1e-5)
+    assert max(map(column_width, lines[lines.index("") :])) <= WIDTH
+
+
 def test_a_low_label_mass_is_a_warning(tmp_path):
     classifier = TransformerLogprobsClassifier(task=own_task(("z", "zebra"), ("q", "quartz")))
     assert classifier.classify(TEXT).label_mass < LOW_LABEL_MASS

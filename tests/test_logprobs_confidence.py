@@ -1,6 +1,7 @@
 """The shared classifier: label ids, exactness, batching, other architectures, bad input."""
 
 import copy
+import json
 import math
 import shutil
 import subprocess
@@ -34,6 +35,7 @@ from settings import (
     ModelSettings,
     Task,
     UserError,
+    case_variants,
 )
 
 TEXTS = [
@@ -385,6 +387,50 @@ def test_words_that_collide_on_their_first_token_are_scored_whole(classifier):
             assert row.label_logprobs[k] == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("World", "Sports", "Business", "Sci/Tech"),  # short words, and one of several tokens
+        ("zqxcalm, which is longer", "zqxwild", "World"),  # two that begin alike
+        ("Positive", "Negative", "Neutral"),
+    ],
+)
+def test_named_labels_are_the_sum_over_their_spellings(classifier, names):
+    """By hand: the chain rule over a word's tokens, or its first token where all of them differ."""
+    task = Task("t", "Which?", tuple(Label(name, case_variants(name)) for name in names))
+    named = classifier.for_task(task)
+    tokenizer, prompt = classifier.tokenizer, named.encoder.prompt(TEXTS[0])
+    start = tokenizer(prompt, add_special_tokens=False).input_ids
+    words = []  # (labels, spellings, tokens)
+    for label in task.labels:
+        spelt = [tokenizer(prompt + w, add_special_tokens=False).input_ids for w in label.words]
+        words.append([tuple(ids[len(start) :]) for ids in spelt])
+    firsts = [{word[0] for word in spelt} for spelt in words]
+    distinct = len(set.union(*firsts)) == sum(map(len, firsts))
+    assert (named.encoder.label_ids is not None) == distinct
+    expected = []
+    for spelt in words:
+        scored = {word[:1] for word in spelt} if distinct else set(spelt)
+        total = 0.0
+        for word in scored:
+            with torch.inference_mode():
+                logits = classifier.model(torch.tensor([start + list(word)])).logits[0]
+            steps = logits[len(start) - 1 : -1].log_softmax(-1)
+            total += math.exp(sum(float(steps[j, token]) for j, token in enumerate(word)))
+        expected.append(math.log(total))
+    assert named.classify(TEXTS[0]).label_logprobs == pytest.approx(expected, abs=1e-3)
+
+
+def test_words_that_begin_alike_need_not_be_of_one_length(classifier):
+    task = named_task("zqxcalm, which is longer", "zqxwild", "World")  # zqx: no token has it whole
+    encoder = PromptEncoder(classifier.tokenizer, task, 512)
+    assert encoder.label_ids is None
+    lengths = [len(word) for (word,) in encoder.label_words]
+    assert len(set(lengths)) > 1
+    for name, (word,) in zip(encoder.task.label_names, encoder.label_words, strict=True):
+        assert classifier.tokenizer.decode(list(word)) == name
+
+
 def test_label_word_that_begins_another_is_refused(classifier):
     with pytest.raises(UserError, match="begins another"):
         PromptEncoder(classifier.tokenizer, named_task("basket", "basketball"), 512)
@@ -615,6 +661,22 @@ def test_damaged_or_missing_adapter_is_one_clear_error(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(UserError, match="--force-retrain"):
         TransformerLogprobsClassifier(adapter=tmp_path)
+
+
+def test_the_demonstration_asks_any_task(capsys, tmp_path):
+    path = tmp_path / "task.json"
+    labels = [{"name": "an_unusually_long_name"}, {"name": "b"}, {"name": "c"}]
+    task = {"name": "t", "question": "Which?", "labels": labels, "lettered": True}
+    path.write_text(json.dumps(task))
+    assert main(["--task", str(path), "x", "y"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert "P(an_unusually_long_name)" in header
+    assert [row.split()[-1] for row in rows] == ["x", "y"]
+    assert all(
+        row.index(text) == header.index("text") for row, text in zip(rows, "xy", strict=True)
+    )
+    assert main(["--task", "spamm", "x"]) == 1
+    assert "the shipped tasks are" in capsys.readouterr().err
 
 
 def test_demonstration_prints_a_row_a_text(capsys):
