@@ -18,15 +18,24 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from records import TOKEN_PROBABILITY, Prediction, prediction_from_logprobs
-from settings import SENTIMENT, ModelSettings, UserError, fingerprint, resolve_model
+from records import TOKEN_PROBABILITY, Prediction, prediction_from_logprobs, read_json
+from settings import (
+    FINE_TUNED_DIR,
+    SENTIMENT,
+    ModelSettings,
+    Task,
+    UserError,
+    fingerprint,
+    resolve_model,
+)
 
 # Llama 3.x chat templates print today's date; a fixed one keeps the prompt the same every day.
 TEMPLATE_DATE = "26 Jul 2024"
 DATE_MACRO = f"{{%- macro strftime_now(format) -%}}{TEMPLATE_DATE}{{%- endmacro -%}}"
+RETRAIN = "run: python fine_tune_model.py"
 FULL_PRECISION_TOLERANCE = 1e-4  # largest |Δ probability|, batched against one at a time, float32
 HALF_PRECISION_TOLERANCE = 3e-2  # the same for bfloat16 and float16
 
@@ -636,10 +645,10 @@ class TransformerLogprobsClassifier:
         top = tuple(row(token) for token in order[:k].tolist())
         return Explanation(self.encoder.prompt(prompt), prediction, top, words)
 
-    def next_token_distribution(self, prompt, k=8):
-        """The k most probable next tokens after `prompt` as it stands, without a template.
+    def raw_prompt_ids(self, prompt):
+        """Token ids of `prompt` as it stands; one beyond the context loses its beginning.
 
-        Raises UserError for an empty prompt. A prompt beyond the context loses its beginning.
+        Raises UserError for an empty prompt.
         """
         if not prompt:
             raise UserError("the prompt is empty; give at least one character")
@@ -647,13 +656,58 @@ class TransformerLogprobsClassifier:
             raise UserError(problem)
         start = self.tokenizer("").input_ids
         ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
-        ids = start + ids[-(self.encoder.max_tokens - len(start)) :]
+        return start + ids[-(self.encoder.max_tokens - len(start)) :]
+
+    def next_token_distribution(self, prompt, k=8):
+        """The k most probable next tokens after `prompt` as it stands, without a template.
+
+        Raises UserError as `raw_prompt_ids` does.
+        """
+        ids = self.raw_prompt_ids(prompt)
         logprobs = self._next_token_logprobs([ids])[0, 0]
         values, tokens = logprobs.topk(min(k, len(logprobs)))
         return [
             TokenProbability(i + 1, t, visible_token(self.tokenizer, t), v, math.exp(v))
             for i, (v, t) in enumerate(zip(values.tolist(), tokens.tolist(), strict=True))
         ]
+
+
+def load_classifier(settings, adapter=None, task=None):
+    """The classifier that the flags --model, --adapter and --task of a command line name.
+
+    settings: `ModelSettings`; their model may also be "base", the embedded model, or "finetuned",
+    the model that the adapter was trained on. adapter: a folder, for "finetuned" by default
+    fine_tuned_sentiment_model/. task: by default the one that the adapter was trained for, else
+    sentiment. Raises UserError.
+    """
+    if settings.model == "base":
+        settings = replace(settings, model=ModelSettings.model)
+    trained_here = settings.model == "finetuned"
+    if trained_here:
+        adapter = FINE_TUNED_DIR if adapter is None else adapter
+        settings = replace(settings, model=_base_model(adapter))
+    if task is None and adapter is not None:
+        path = Path(adapter) / "task.json"
+        if trained_here or path.exists():
+            try:
+                task = Task.from_json(read_json(path, RETRAIN))
+            except (KeyError, TypeError) as error:
+                raise UserError(f"{path} is damaged ({error!r}); {RETRAIN}") from error
+    return TransformerLogprobsClassifier(settings, adapter, task or SENTIMENT)
+
+
+def _base_model(adapter):
+    """The model that the adapter in this folder was trained on, if its weights are still those."""
+    path = Path(adapter) / "manifest.json"
+    manifest = read_json(path, RETRAIN)
+    base = manifest.get("base_model")
+    if not isinstance(base, str):
+        raise UserError(f"{path} is damaged (it names no base_model); {RETRAIN}")
+    if manifest.get("base_fingerprint") != weights_fingerprint(resolve_model(base)):
+        raise UserError(
+            f"the adapter in {adapter}/ was trained on other weights than {base} has now; {RETRAIN}"
+        )
+    return base
 
 
 def text_problem(text):

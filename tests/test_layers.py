@@ -32,6 +32,7 @@ LAYERS = {
     "generate_all_charts": ENTRY_POINTS,
     "business_reliability": ENTRY_POINTS,
     "calibration_demo": ENTRY_POINTS,
+    "classify_cli": ENTRY_POINTS,
     "compare_base_vs_finetuned": ENTRY_POINTS,
     "logprob_demo_cli": ENTRY_POINTS,
     "sample_size_thresholds": ENTRY_POINTS,
