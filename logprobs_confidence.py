@@ -20,15 +20,17 @@ import re
 import sys
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from records import TOKEN_PROBABILITY, Prediction, prediction_from_logprobs
+from records import TOKEN_PROBABILITY, Prediction, prediction_from_logprobs, read_json
 from settings import (
+    FINE_TUNED_DIR,
     SENTIMENT,
     ModelSettings,
+    Task,
     TaskSettings,
     UserError,
     add_arguments,
@@ -40,6 +42,7 @@ from settings import (
 # Llama 3.x chat templates print today's date; a fixed one keeps the prompt the same every day.
 TEMPLATE_DATE = "26 Jul 2024"
 DATE_MACRO = f"{{%- macro strftime_now(format) -%}}{TEMPLATE_DATE}{{%- endmacro -%}}"
+RETRAIN = "run: python fine_tune_model.py"
 FULL_PRECISION_TOLERANCE = 1e-4  # largest |Δ probability|, batched against one at a time, float32
 HALF_PRECISION_TOLERANCE = 3e-2  # the same for bfloat16 and float16
 DEVICE_MAPS = ("none", "auto", "balanced", "sequential")
@@ -764,10 +767,10 @@ class TransformerLogprobsClassifier:
         answer = mean_prediction(self.task, orders)
         return Explanation(self.encoder.prompt(prompt), orders[0], top, words, orders, answer)
 
-    def next_token_distribution(self, prompt, k=8):
-        """The k most probable next tokens after `prompt` as it stands, without a template.
+    def raw_prompt_ids(self, prompt):
+        """Token ids of `prompt` as it stands; one beyond the context loses its beginning.
 
-        Raises UserError for an empty prompt. A prompt beyond the context loses its beginning.
+        Raises UserError for an empty prompt.
         """
         if not prompt:
             raise UserError("the prompt is empty; give at least one character")
@@ -775,8 +778,14 @@ class TransformerLogprobsClassifier:
             raise UserError(problem)
         start = self.tokenizer("").input_ids
         ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
-        ids = start + ids[-(self.encoder.max_tokens - len(start)) :]
-        logprobs = self.engine.logits([ids])[0].log_softmax(-1)
+        return start + ids[-(self.encoder.max_tokens - len(start)) :]
+
+    def next_token_distribution(self, prompt, k=8):
+        """The k most probable next tokens after `prompt` as it stands, without a template.
+
+        Raises UserError as `raw_prompt_ids` does.
+        """
+        logprobs = self.engine.logits([self.raw_prompt_ids(prompt)])[0].log_softmax(-1)
         values, tokens = logprobs.topk(min(k, len(logprobs)))
         return [
             TokenProbability(i + 1, t, visible_token(self.tokenizer, t), v, math.exp(v))
@@ -801,6 +810,44 @@ def mean_prediction(task, predictions):
         truncated=any(p.truncated for p in predictions),
         latency_sec=sum(p.latency_sec for p in predictions),
     )
+
+
+def load_classifier(settings, adapter=None, task=None):
+    """The classifier that the flags --model, --adapter and --task of a command line name.
+
+    settings: `ModelSettings`; their model may also be "base", the embedded model, or "finetuned",
+    the model that the adapter was trained on. adapter: a folder, for "finetuned" by default
+    fine_tuned_sentiment_model/. task: by default the one that the adapter was trained for, else
+    sentiment. Raises UserError.
+    """
+    if settings.model == "base":
+        settings = replace(settings, model=ModelSettings.model)
+    trained_here = settings.model == "finetuned"
+    if trained_here:
+        adapter = FINE_TUNED_DIR if adapter is None else adapter
+        settings = replace(settings, model=_base_model(adapter))
+    if task is None and adapter is not None:
+        path = Path(adapter) / "task.json"
+        if trained_here or path.exists():
+            try:
+                task = Task.from_json(read_json(path, RETRAIN))
+            except (KeyError, TypeError) as error:
+                raise UserError(f"{path} is damaged ({error!r}); {RETRAIN}") from error
+    return TransformerLogprobsClassifier(settings, adapter, task or SENTIMENT)
+
+
+def _base_model(adapter):
+    """The model that the adapter in this folder was trained on, if its weights are still those."""
+    path = Path(adapter) / "manifest.json"
+    manifest = read_json(path, RETRAIN)
+    base = manifest.get("base_model")
+    if not isinstance(base, str):
+        raise UserError(f"{path} is damaged (it names no base_model); {RETRAIN}")
+    if manifest.get("base_fingerprint") != weights_fingerprint(resolve_model(base)):
+        raise UserError(
+            f"the adapter in {adapter}/ was trained on other weights than {base} has now; {RETRAIN}"
+        )
+    return base
 
 
 def text_problem(text):

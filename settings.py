@@ -451,11 +451,11 @@ def settings_table(cls):
     return cls.__name__.removesuffix("Settings").lower()
 
 
-def add_arguments(parser, *classes):
+def add_arguments(parser, *classes, leave_out=()):
     """One flag for every field of the settings classes, with the default in its help."""
     for cls in classes:
         group = parser.add_argument_group(settings_table(cls))
-        for f in fields(cls):
+        for f in (f for f in fields(cls) if f.name not in leave_out):
             kind = {int: int, float: float}.get(first_type(f.type), str)
             text = f.metadata["help"]
             if f.default is not None:
@@ -483,19 +483,42 @@ def changed_flags(settings):
     ]
 
 
+def _add_folder(parser, flag, folder, use):
+    parser.add_argument(
+        flag,
+        type=Path,
+        default=folder,
+        metavar="FOLDER",
+        help=f"folder {use} (default: {folder.name}/ beside this script)",
+    )
+
+
 def add_cache_arguments(parser):
     """--cache-dir and --images-dir, for the scripts that read a finished evaluation."""
-    for flag, folder, use in (
-        ("--cache-dir", CACHE_DIR, "of the evaluation"),
-        ("--images-dir", IMAGES_DIR, "the charts go to"),
-    ):
-        parser.add_argument(
-            flag,
-            type=Path,
-            default=folder,
-            metavar="FOLDER",
-            help=f"folder {use} (default: {folder.name}/ beside this script)",
-        )
+    _add_folder(parser, "--cache-dir", CACHE_DIR, "of the evaluation")
+    _add_folder(parser, "--images-dir", IMAGES_DIR, "the charts go to")
+
+
+def add_classifier_arguments(parser):
+    """--model, --adapter, --task and --cache-dir, for the command lines that classify texts."""
+    parser.add_argument(
+        "--model",
+        help="base (the embedded model), finetuned (what fine_tune_model.py made), or a preset "
+        f"({', '.join(MODEL_PRESETS)}), hub id or folder (default: base; with --adapter the model "
+        "that the adapter was trained on)",
+    )
+    parser.add_argument(
+        "--adapter",
+        metavar="FOLDER",
+        help=f"LoRA adapter (default of finetuned: {FINE_TUNED_DIR.name}/)",
+    )
+    parser.add_argument(
+        "--task",
+        metavar="NAME|FILE",
+        help="task in tasks/, or a JSON file like those there (default: what the adapter was "
+        "trained for, else sentiment)",
+    )
+    _add_folder(parser, "--cache-dir", CACHE_DIR, "of the evaluation that has the calibrators")
 
 
 def add_report_arguments(parser):

@@ -3,9 +3,9 @@
     python update_readme.py            # rewrite
     python update_readme.py --check    # change nothing; exit 1 if a number is out of date
 
-Tables come from evaluation_cache/ and embedded_model/training.json. The two token-by-token examples
-are the output of logprob_demo_cli.py and are not part of --check, since their last digits depend on
-the machine.
+Tables come from evaluation_cache/ and embedded_model/training.json. The examples are the output of
+logprob_demo_cli.py and classify_cli.py and are not part of --check, since their last digits depend
+on the machine.
 """
 
 import argparse
@@ -26,9 +26,17 @@ from report import (
 from settings import CACHE_DIR, EMBEDDED_MODEL_DIR, ROOT, UserError
 
 README = ROOT / "README.md"
-EXAMPLES = {
-    "confident": "An absolutely wonderful film, I loved every minute of it.",
-    "unsure": "Best worst thing ever",
+EXAMPLES = {  # block: the command whose output it is
+    "confident": [
+        "logprob_demo_cli.py",
+        "An absolutely wonderful film, I loved every minute of it.",
+    ],
+    "unsure": ["logprob_demo_cli.py", "Best worst thing ever"],
+    "temperature": [
+        *("logprob_demo_cli.py", "The film was", "--raw-prompt", "--top-k", "4"),
+        *("--temperature", "0.5", "--max-new-tokens", "2"),
+    ],
+    "onetext": ["classify_cli.py", "Best worst thing ever"],
 }
 
 
@@ -261,11 +269,13 @@ def embedded_block():
     )
 
 
-def example_block(text):
-    command = [sys.executable, str(ROOT / "logprob_demo_cli.py"), text]
-    shown = subprocess.run(command, capture_output=True, text=True)
+def example_block(command):
+    script, *arguments = command
+    shown = subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments], capture_output=True, text=True
+    )
     if shown.returncode != 0:
-        raise UserError(f"logprob_demo_cli.py failed: {shown.stderr.strip()}")
+        raise UserError(f"{script} failed: {shown.stderr.strip()}")
     return f"```\n{shown.stdout.strip()}\n```"
 
 
@@ -299,7 +309,7 @@ def main(argv=None):
     try:
         blocks = {name: make() for name, make in BLOCKS.items()}
         if not arguments.check:
-            blocks |= {name: example_block(text) for name, text in EXAMPLES.items()}
+            blocks |= {name: example_block(command) for name, command in EXAMPLES.items()}
         text = README.read_text(encoding="utf-8")
         new = rewritten(text, blocks)
     except UserError as error:
