@@ -74,21 +74,36 @@ class Task:
     For two labels the first one is the class that `P(...)`, the signed margin and the calibrators
     speak of: P(positive) for sentiment. A question that contains `{text}` is the whole message;
     any other is followed by the text.
+    wordings: other questions with the same answers; negated: questions to which the two labels
+    answer with each other's words. They serve the paraphrase method alone.
     """
 
     name: str
     question: str
     labels: tuple[Label, ...]
+    wordings: tuple[str, ...] = ()
+    negated: tuple[str, ...] = ()
 
     def __post_init__(self):
-        object.__setattr__(self, "labels", tuple(self.labels))
-        if not self.question.strip():
-            raise UserError(f"task {self.name!r} has an empty question")
-        slots = re.findall(r"\{\w*\}", self.question)
-        if slots not in ([], ["{text}"]):
+        for key in ("labels", "wordings", "negated"):
+            object.__setattr__(self, key, tuple(getattr(self, key)))
+        questions = (self.question, *self.wordings, *self.negated)
+        for i, question in enumerate(questions):
+            if not question.strip():
+                raise UserError(f"task {self.name!r} has an empty question")
+            if question.strip() in (other.strip() for other in questions[:i]):
+                raise UserError(f"task {self.name!r} asks {question!r} twice; leave one out")
+            slots = re.findall(r"\{\w*\}", question)
+            if slots not in ([], ["{text}"]):
+                raise UserError(
+                    f"the question {question!r} of task {self.name!r} has {', '.join(slots)}; the "
+                    "one slot it may have is {text}, once (without it the text follows the "
+                    "question)"
+                )
+        if self.negated and len(self.labels) != 2:
             raise UserError(
-                f"the question of task {self.name!r} has {', '.join(slots)}; the one slot it may "
-                "have is {text}, once (without it the text follows the question)"
+                f"task {self.name!r} has {len(self.labels)} labels; negated questions swap the "
+                "answers of two, so leave them out"
             )
         if len(self.labels) < 2:
             raise UserError(
@@ -119,8 +134,14 @@ class Task:
 
     @classmethod
     def from_json(cls, data):
-        labels = tuple(Label(item["name"], tuple(item["words"])) for item in data["labels"])
-        return cls(name=data["name"], question=data["question"], labels=labels)
+        labels = tuple(Label(item["name"], item["words"]) for item in data["labels"])
+        return cls(
+            name=data["name"],
+            question=data["question"],
+            labels=labels,
+            wordings=data.get("wordings", ()),
+            negated=data.get("negated", ()),
+        )
 
 
 def case_variants(word):
@@ -134,6 +155,15 @@ SENTIMENT = Task(
     labels=(
         Label("positive", case_variants("yes")),
         Label("negative", case_variants("no")),
+    ),
+    wordings=(
+        "Is the sentiment of this text positive? Answer yes or no.",
+        "Does this text express a positive opinion? Answer yes or no.",
+        "Did the writer like it? Answer yes or no.",
+    ),
+    negated=(
+        "Is this text negative in sentiment? Answer yes or no.",
+        "Does this text express a negative opinion? Answer yes or no.",
     ),
 )
 
@@ -182,7 +212,8 @@ def read_task(name):
     """The task called `name` in tasks/, or of the JSON file `name`.
 
     The file holds {"name", "question", "labels": [{"name", "words"}]}; without "words" a label is
-    answered with its own name, as in `case_variants`. Raises UserError for anything else.
+    answered with its own name, as in `case_variants`. It may hold "wordings" and "negated", lists
+    of questions. Raises UserError for anything else.
     """
     path = Path(name) if name.endswith(".json") else TASKS_DIR / f"{name}.json"
     known = ", ".join(sorted(p.stem for p in TASKS_DIR.glob("*.json")))
@@ -194,17 +225,25 @@ def read_task(name):
         ) from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
-    _check_keys(path, "a task", data, required={"name", "question", "labels"})
+    optional = {"wordings", "negated"}
+    _check_keys(path, "a task", data, {"name", "question", "labels"}, optional)
+    for key in optional & set(data):
+        _check_texts(path, f"the {key} of a task", data[key])
     if not isinstance(data["labels"], list):
         raise UserError(f"{path}: labels must be a list, got {type(data['labels']).__name__}")
     labels = []
     for item in data["labels"]:
         _check_keys(path, "a label", item, required={"name"}, optional={"words"})
         words = item.get("words", case_variants(str(item["name"])))
-        if not isinstance(words, list | tuple) or not all(isinstance(w, str) for w in words):
-            raise UserError(f"{path}: the words of label {item['name']!r} must be a list of texts")
-        labels.append(Label(item["name"], tuple(words)))
-    return Task(data["name"], data["question"], tuple(labels))
+        _check_texts(path, f"the words of label {item['name']!r}", words)
+        labels.append({"name": item["name"], "words": words})
+    return Task.from_json(data | {"labels": labels})
+
+
+def _check_texts(path, what, value):
+    """Raises UserError unless `value` is a list of texts."""
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        raise UserError(f"{path}: {what} must be a list of texts, got {value!r}")
 
 
 def _check_keys(path, what, data, required, optional=frozenset()):

@@ -97,10 +97,31 @@ def test_a_task_that_cannot_be_asked_is_refused(question, labels, message):
 def test_a_task_survives_json():
     for task in (SENTIMENT, SPAM):
         assert Task.from_json(json.loads(json.dumps(task.to_json()))) == task
+    without = {k: v for k, v in SPAM.to_json().items() if k not in ("wordings", "negated")}
+    assert Task.from_json(without) == SPAM
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"wordings": [" "]}, "empty question"),
+        ({"wordings": ["Is this spam? "]}, "asks 'Is this spam[?] ' twice"),
+        ({"wordings": ["Spam?"], "negated": ["Spam?"]}, "asks 'Spam[?]' twice"),
+        ({"wordings": ["Is {it} spam?"]}, "has {it}; the one slot"),
+        ({"negated": ["Ham? {text} {text}"]}, "has {text}, {text}; the one slot"),
+        (
+            {"labels": [*SPAM.labels, Label("?", ("maybe",))], "negated": ["Is it ham?"]},
+            "has 3 labels; negated questions swap",
+        ),
+    ],
+)
+def test_other_wordings_must_be_questions_of_their_own(more, message):
+    with pytest.raises(UserError, match=message):
+        replace(SPAM, **more)
 
 
 def test_lists_become_tuples_so_that_a_task_can_be_a_key():
-    task = Task("spam", "Is this spam?", [Label("spam", ["yes"]), Label("ham", ["no"])])
+    task = Task("spam", "Is this spam?", [Label("spam", ["yes"]), Label("ham", ["no"])], [], [])
     assert task == SPAM and hash(task) == hash(SPAM)
 
 
@@ -202,6 +223,9 @@ def test_a_task_file_needs_no_words(tmp_path):
         ({"labels": [{"words": ["b"]}]}, "a label has no 'name'"),
         ({"labels": [{"name": "a", "words": "b"}]}, "must be a list of texts"),
         ({"prompt": "?"}, "unknown key 'prompt'"),
+        ({"wordings": "?"}, "the wordings of a task must be a list of texts, got '?'"),
+        ({"negated": ["?", 3]}, "the negated of a task must be a list of texts, got ['?', 3]"),
+        ({"wordings": ["Q?"]}, "task 't' asks 'Q?' twice"),
         ({"question": 3}, "question of a task must be text, got 3"),
         ({"question": "Is {it} so?"}, "has {it}; the one slot"),
         ({"question": "Is {text} {text}?"}, "the one slot it may have"),
@@ -316,6 +340,8 @@ def test_fingerprints_ignore_the_order_of_keys_and_see_every_field():
         replace(SENTIMENT, question=SENTIMENT.question + " "),
         replace(SENTIMENT, labels=(second, first)),
         replace(SENTIMENT, labels=(replace(first, words=first.words[:2]), second)),
+        replace(SENTIMENT, wordings=()),
+        replace(SENTIMENT, negated=SENTIMENT.negated[:1]),
     ):
         assert fingerprint(other.to_json()) != print_of_sentiment
 
