@@ -476,6 +476,34 @@ class TransformerLogprobsClassifier:
         finally:
             self._switch["adapter"] = True
 
+    @contextmanager
+    def dropout(self, seed):
+        """Inside the block the adapter's dropout layers are active, their masks drawn from `seed`.
+
+        Raises UserError where there is no adapter or one without dropout.
+        """
+        import torch
+
+        layers = [
+            module
+            for name, module in self.model.named_modules()
+            if "lora_dropout" in name and isinstance(module, torch.nn.Dropout) and module.p > 0
+        ]
+        if not self.adapter_active or not layers:
+            raise UserError(
+                "Monte-Carlo dropout needs an adapter that was trained with --dropout above 0"
+            )
+        devices = [torch.cuda.current_device()] if self.device == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            for layer in layers:
+                layer.train()
+            try:
+                yield self
+            finally:
+                for layer in layers:
+                    layer.eval()
+
     def classify(self, text, temperature=1.0):
         """`Prediction` for one text. Raises UserError for a text that cannot be scored."""
         prediction = self.classify_batch([text], temperature=temperature)[0]
