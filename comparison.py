@@ -154,7 +154,7 @@ def load_model(cache_dir, name=None):
 def _model_evaluation(name, entry, results):
     if entry["identity"]["fingerprint"] != results.identity["fingerprint"]:
         raise ValueError(f"{name}_model_results.json is of another model")
-    if missing := {"calibrators", "selection", "comparison"} - set(entry):
+    if missing := {"calibrators", "selection", "comparison", "signals"} - set(entry):
         raise ValueError(f"{name} has no {min(missing)!r}")
     test, rows = entry["test"], results.arrays("test")
     if strangers := set(test["ids"]).difference(rows["id"]):

@@ -921,7 +921,37 @@ def main(argv=None):
             f"{p.confidence:>10.4f}  {p.label_mass:>10.4f}  {p.probability:>{wide}.4f}  "
             f"{p.predicted:<{name}} {text}"
         )
+    if len(texts) == 1 and predictions[0].error is None:
+        print("\n" + "\n".join(detail_lines(classifier, predictions[0])))
     return 1 if any(p.error is not None for p in predictions) else 0
+
+
+def detail_lines(classifier, prediction):
+    """What follows from the label probabilities of one text, and how samples converge on them."""
+    import numpy as np
+
+    from consistency_confidence import convergence_lines
+    from prompted_confidence import content_free_rows
+    from records import label_probabilities
+    from signals import certainty, entropy, mean_probabilities, prior_corrected
+
+    names = classifier.task.label_names
+    logprobs = np.array(prediction.label_logprobs)
+    unsure = float(entropy(label_probabilities(logprobs)))
+    lines = [
+        f"margin     {prediction.margin:.4f} nats between the two most probable labels",
+        f"entropy    {unsure:.4f} nats over the labels, "
+        f"certainty {certainty(unsure, len(names)):.4f}",
+    ]
+    if free := content_free_rows(classifier):
+        prior = mean_probabilities(np.array([row["label_logprobs"] for row in free]))
+        corrected = np.exp(prior_corrected(logprobs, prior))
+        for title, values in (("prior", prior), ("corrected", corrected)):
+            shares = ", ".join(f"{name} {p:.4f}" for name, p in zip(names, values, strict=True))
+            lines.append(f"{title:<9}  {shares}")
+        lines[-2] += "  (answers to texts that say nothing)"
+        lines[-1] += "  (contextual calibration: the prior divided out)"
+    return [*lines, "", *convergence_lines(classifier.task, prediction.label_logprobs)]
 
 
 if __name__ == "__main__":

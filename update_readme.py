@@ -20,6 +20,7 @@ from report import (
     category_accuracy,
     metrics_by_model,
     percent,
+    prose,
     summary_rows,
     with_interval,
 )
@@ -238,6 +239,65 @@ def finetuning_block():
     )
 
 
+def signals_block():
+    from comparison import load_models
+
+    models = load_models(CACHE_DIR)
+    return "\n\n".join(signals_of(name, m.entry["signals"]) for name, m in models.items())
+
+
+def signals_of(name, table):
+    """A table of every method of one model, and sentences about the blend and what is missing."""
+    from comparison import is_significant
+    from signal_comparison import TITLES
+
+    header = [
+        f"{MODEL_TITLES[name]}, {table['n']:,} test rows",
+        *("accuracy, %", "AUROC", "AURC", "log-loss, Platt", "ECE, Platt (perfect)"),
+        *("passes a text", "ms a text"),
+    ]
+    rows = []
+    for method, row in table["methods"].items():
+        of, verdict = row["metrics"], ""
+        difference = row["difference"] and row["difference"]["log_loss"]
+        if difference and is_significant(difference):
+            verdict = ", better" if difference["estimate"] < 0 else ", worse"
+        rows.append(
+            [
+                TITLES[method],
+                f"{100 * of['accuracy']['estimate']:.1f}",
+                "–" if of["auroc"]["low"] is None else with_interval(of["auroc"]),
+                f"{of['aurc']['estimate']:.3f}",
+                f"{of['log_loss']['estimate']:.3f}{verdict}",
+                f"{of['ece']['estimate']:.3f} ({of['ece']['null_mean']:.3f})",
+                f"{row['cost']['passes']:.1f}",
+                f"{row['cost']['milliseconds']:.1f}",
+            ]
+        )
+    combined = table["combined"]
+    best = combined["difference"][combined["best_part"]]
+    anchor = TITLES[combined["selection"]["anchor"]]
+    parts = [TITLES[part["name"]] for part in combined["blend"]["parameters"]["parts"]]
+    worse = ", ".join(TITLES[part] for part in combined["worse_than"]) or "none"
+    what = f"blends {', '.join(parts)}, starting from {anchor}"
+    if combined["selection"]["penalty"] is None:
+        what = (
+            f"is {anchor} alone, because no blend predicted unseen calibration rows clearly better"
+        )
+    sentences = [
+        f"Combined {what}. Its log-loss minus that of the best part on test rows, "
+        f"{TITLES[combined['best_part']]}, is {with_interval(best)} (p = "
+        f"{best['p_value_holm']:.2g}); parts that it is significantly worse than: {worse}."
+    ]
+    if mass := table["methods"].get("p_true", {}).get("label_mass"):
+        sentences.append(f"Asked for P(True), true and false together hold {mass:.2g}.")
+    reasons = {}
+    for method, reason in table["left_out"].items():
+        reasons.setdefault(reason, []).append(TITLES[method])
+    sentences += [f"Without {', '.join(titles)}: {why}." for why, titles in reasons.items()]
+    return f"{markdown_table(header, rows)}\n\n{prose(' '.join(sentences), 100)}"
+
+
 def cost_block():
     metadata = read_json(CACHE_DIR / "evaluation_metadata.json", "run: make pipeline")
     training = metadata["training"]
@@ -287,6 +347,7 @@ BLOCKS = {
     "automation": automation_block,
     "samplesize": sample_size_block,
     "finetuning": finetuning_block,
+    "signals": signals_block,
     "cost": cost_block,
     "embedded": embedded_block,
 }

@@ -543,7 +543,7 @@ def damage(folder, tmp_path, file, change):
             lambda d: d["models"]["finetuned"]["identity"].update(fingerprint="other"),
             "finetuned_model_results.json is of another model",
         ),
-        ("calibrated_results.json", lambda d: d.update(schema_version=99), "has schema 99, not 2"),
+        ("calibrated_results.json", lambda d: d.update(schema_version=99), "has schema 99, not "),
         ("calibrated_results.json", lambda d: d.pop("models"), "no 'models'"),
         (
             "evaluation_metadata.json",
