@@ -411,8 +411,15 @@ class TrainingSettings:
 class EvaluationSettings:
     """The held-out evaluation."""
 
-    samples: int = setting(20, "samples of response consistency for a text")
+    signals: str = setting(
+        "paraphrase,mc_dropout,p_true,verbalised",
+        "what the model is asked beside its token probability, joined by commas, or none; a text "
+        "then takes one more forward pass for each wording of the question, --dropout-passes "
+        "(fine-tuned model only), 1, and 1 and a few tokens",
+    )
+    samples: int = setting(20, "samples of response consistency for a text; they cost no pass")
     temperature: float = setting(1.0, "sampling temperature of response consistency")
+    dropout_passes: int = setting(10, "forward passes of Monte-Carlo dropout for a text")
     bins: int = setting(20, "equal-width bins of the calibration error")
     resamples: int = setting(1000, "bootstrap resamples of an interval")
     evaluation_seed: int = setting(42, "seed of sampling and of the bootstrap")
