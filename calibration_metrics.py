@@ -1144,6 +1144,7 @@ CELL_METRICS = {
 }
 METRICS = (*ROW_SCORES, *CELL_METRICS)
 AT = {"accuracy_at_coverage", "coverage_at_risk"}  # of a share that must be named
+RANKINGS = {"auroc", "aurc", "excess_aurc", "augrc", *AT}  # only the order of the rows matters
 # Chance adds to these on the data, and once more on a resample; below 0 they cannot be.
 BIASED_UPWARD = {*CALIBRATION_ERRORS, "discrimination"}
 MAY_BE_NEGATIVE = {"squared_calibration_error"}
@@ -1162,7 +1163,7 @@ class _Sample:
         if metric in ROW_SCORES:
             shape = np.shape(predicted)
             raise ValueError(f"{metric} needs probabilities of shape (n, K), got {shape}")
-        scale = (-np.inf, np.inf) if metric == "auroc" else (0.0, 1.0)
+        scale = (-np.inf, np.inf) if metric in RANKINGS else (0.0, 1.0)
         self.confidence = as_vector("confidence", predicted, *scale)
         self.correct = as_flags("correct", truth)
         check_same_length(confidence=self.confidence, correct=self.correct)
@@ -1276,7 +1277,7 @@ def measure(
 
     metric: one of METRICS, named as in the table of `calibration_metrics`.
     predicted, truth: probabilities (n, K) and label (n,) int, of whose top label all metrics but
-        log_loss and brier are; or, for these, confidence (n,) and correct (n,) bool. For "auroc"
+        log_loss and brier are; or, for these, confidence (n,) and correct (n,) bool. For RANKINGS
         the confidence may be a score on any scale. n ≥ 2.
     reference: None, or (predicted, truth) of another model on the same rows in the same order: what
         is measured is then the difference to it, first − reference, on the same resamples.
@@ -1392,74 +1393,7 @@ def calibration_metrics(
     }
 
 
-def score_metrics(
-    score, correct, probabilities, label, group=None, n_bins=20, n_resamples=1000, seed=0
-):
-    """How well a score ranks answers and, once made a probability, is believed; ready for JSON.
-
-    score: (n,) float on any scale, higher for a surer answer; correct: (n,) bool, whether that
-    answer is right; probabilities: (n, K) what a calibrator made of the score; label: (n,) int;
-    n ≥ 2; group: (n,) or None.
-    Returns {"accuracy", "auroc", "aurc": of score and correct; "log_loss" (nats), "ece": of
-    probabilities and label}, each as in `calibration_metrics`, all from one set of resamples.
-    """
-    score, correct = as_vector("score", score), as_flags("correct", correct)
-    probabilities, label = _probabilities_and_label(probabilities, label)
-    check_same_length(score=score, correct=correct, label=label)
-    n_bins, n_resamples = as_count("n_bins", n_bins), as_count("n_resamples", n_resamples)
-    confidence, loss = probabilities.max(axis=1), _row_log_loss(probabilities, label)
-    ranked = _Layout(score, correct)
-    believed = _Layout(confidence, probabilities.argmax(axis=1) == label)
-
-    def measures(multiplicity):
-        cells, calibrated = ranked.cells(multiplicity), believed.cells(multiplicity)
-        return {
-            "accuracy": cells.n_correct / cells.total,
-            "auroc": _auroc(cells),
-            "aurc": _aurc(cells),
-            "log_loss": multiplicity @ loss / cells.total,
-            "ece": _ece(calibrated, n_bins),
-        }
-
-    whole = measures(np.ones((1, len(label)), dtype=np.int64))
-    drawn = [measures(m) for m in _multiplicities(len(label), group, None, n_resamples, seed)]
-    metrics = {
-        name: _with_interval(name, value[0], np.concatenate([block[name] for block in drawn]))
-        for name, value in whole.items()
-    }
-    null = _null_errors(confidence, ["ece"], n_bins, 1000, seed)["ece"]
-    metrics["ece"] |= {"null_mean": float(null.mean()), "null_p95": float(np.quantile(null, 0.95))}
-    return metrics
-
-
 # Comparison of methods.
-
-
-def ranking_difference(first, second, group=None, n_resamples=1000, seed=0):
-    """What AUROC and AURC of a second way to score the same rows differ by from those of a first.
-
-    first, second: (score (n,), correct (n,) bool) each, scores on any scale; n ≥ 2; group: (n,) or
-    None. Returns {"auroc", "aurc"}, each {"estimate": second − first, "low", "high"} with the 95 %
-    interval of `bootstrap_interval`; what is undefined is None and has a "reason".
-    """
-    layouts = []
-    for name, (score, correct) in (("first", first), ("second", second)):
-        score, correct = as_vector(f"score of the {name}", score), as_flags("correct", correct)
-        check_same_length(score=score, correct=correct)
-        layouts.append(_Layout(score, correct))
-    n, n_resamples = len(first[0]), as_count("n_resamples", n_resamples)
-    check_same_length(first=first[0], second=second[0])
-
-    def differences(multiplicity):
-        a, b = (layout.cells(multiplicity) for layout in layouts)
-        return {"auroc": _auroc(b) - _auroc(a), "aurc": _aurc(b) - _aurc(a)}
-
-    whole = differences(np.ones((1, n), dtype=np.int64))
-    drawn = [differences(m) for m in _multiplicities(n, group, None, n_resamples, seed)]
-    return {
-        name: _with_interval(name, value[0], np.concatenate([block[name] for block in drawn]))
-        for name, value in whole.items()
-    }
 
 
 def holm(p_values):

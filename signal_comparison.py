@@ -17,7 +17,7 @@ from blend import (
     fit_blend,
     signal_rows,
 )
-from calibration_metrics import compare, holm, ranking_difference, score_metrics
+from calibration_metrics import compare, holm, measure
 from records import TOKEN_PROBABILITY
 from signals import METHODS, method_arrays, method_cost, usable_methods
 
@@ -37,11 +37,11 @@ def judge_signals(results, n_bins=20, n_resamples=1000, seed=0):
         scale: unit and range of its score;
         n: test rows that it scored; label_mass: mean over them, None where it has none;
         cost: `signals.method_cost`;
-        metrics: `calibration_metrics.score_metrics`: accuracy, auroc and aurc of its answer and
+        metrics: of `calibration_metrics.measure`: accuracy, auroc and aurc of its answer and
             score, log_loss and ece after Platt scaling;
         difference: to token_probability on the rows that both scored, None for itself: log_loss
             and accuracy as in `compare`, Holm's correction being over the methods; auroc and aurc
-            as in `ranking_difference`;
+            as in `measure` with a reference;
       left_out: {method: why it cannot be compared};
       combined: "identity" and "blend": `SignalBlend` as JSON; "selection" of `fit_blend`;
         "left_out": {signal: why it is no part}; "best_part": the part with the lowest log-loss on
@@ -65,16 +65,7 @@ def judge_signals(results, n_bins=20, n_resamples=1000, seed=0):
             "n": len(one["id"]),
             "label_mass": _label_mass(results, known.source) if known else None,
             "cost": method_cost(results, cost_of),
-            "metrics": score_metrics(
-                one["score"],
-                one["correct"],
-                one["probabilities"],
-                one["label"],
-                one["group"],
-                n_bins,
-                n_resamples,
-                seed,
-            ),
+            "metrics": _metrics(one, n_bins, n_resamples, seed),
             "difference": None,
         }
     for name in methods:
@@ -96,6 +87,25 @@ def judge_signals(results, n_bins=20, n_resamples=1000, seed=0):
             "left_out": not_blended,
             **_against_parts(judged, parts, seed),
         },
+    }
+
+
+def _metrics(one, n_bins, n_resamples, seed):
+    """How well a score ranks the answers and, once made a probability, is believed."""
+    options = {"group": one["group"], "n_bins": n_bins, "n_resamples": n_resamples, "seed": seed}
+    ranked = {
+        metric: measure(metric, one["score"], one["correct"], **options)
+        for metric in ("auroc", "aurc")
+    }
+    believed = {
+        metric: measure(metric, one["probabilities"], one["label"], **options)
+        for metric in ("log_loss", "ece")
+    }
+    certain = np.ones(len(one["correct"]))  # of whatever confidence: accuracy is the same
+    return {
+        "accuracy": measure("accuracy", certain, one["correct"], **options),
+        **ranked,
+        **believed,
     }
 
 
@@ -141,7 +151,9 @@ def _differences(first, second, n_resamples, seed):
     if np.allclose(first["probabilities"], second["probabilities"], rtol=0, atol=FIT_ACCURACY):
         second = second | {"probabilities": first["probabilities"]}
     soft, hard = (
-        compare({"first": of(first), "second": of(second)}, label, "first", group, seed)["second"]
+        compare({"first": of(first), "second": of(second)}, label, "first", group, seed=seed)[
+            "second"
+        ]
         for of in (lambda one: one["probabilities"], _as_hard_answers)
     )
     pair = [(one["score"], one["correct"]) for one in (first, second)]
@@ -151,7 +163,12 @@ def _differences(first, second, n_resamples, seed):
         "low": 0.0 - error["high"],
         "high": 0.0 - error["low"],
     }
-    ranking = ranking_difference(*pair, group, n_resamples, seed)
+    ranking = {
+        metric: measure(
+            metric, *pair[1], reference=pair[0], group=group, n_resamples=n_resamples, seed=seed
+        )
+        for metric in ("auroc", "aurc")
+    }
     return {"log_loss": soft["log_loss"], "accuracy": accuracy, **ranking}
 
 
@@ -173,7 +190,7 @@ def _against_parts(judged, parts, seed):
     for name in parts:
         part, blend = _on_common_rows(judged[name], judged[COMBINED])
         pair = {name: part["probabilities"], COMBINED: blend["probabilities"]}
-        tested = compare(pair, part["label"], name, part["group"], seed)[COMBINED]["log_loss"]
+        tested = compare(pair, part["label"], name, part["group"], seed=seed)[COMBINED]["log_loss"]
         differences[name] = tested
         losses[name] = -tested["estimate"]
     _correct(list(differences.values()))

@@ -10,13 +10,11 @@ import simulated_cache
 from blend import SignalBlend, blend_identity, fit_blend, signal_rows
 from calibration_metrics import (
     aurc,
-    bootstrap_interval,
     compare,
     expected_calibration_error,
     holm,
     log_loss,
-    ranking_difference,
-    score_metrics,
+    measure,
 )
 from records import CONSISTENCY, MC_DROPOUT, P_TRUE, TOKEN_PROBABILITY, VERBALISED, load_results
 from signal_comparison import COMBINED, TITLES, judge_signals
@@ -169,47 +167,17 @@ def test_with_nothing_but_token_probability_the_blend_is_it(results):
     assert difference["estimate"] == 0.0 and judged["combined"]["worse_than"] == []
 
 
-# The measures, in calibration_metrics.
+# A score on any scale.
 
 
-def scores(seed, n=300):
-    rng = np.random.default_rng(seed)
-    correct = rng.random(n) < 0.7
-    score = rng.normal(0, 1, n) + correct
-    confidence = rng.uniform(0.5, 1.0, n)
-    probabilities = np.column_stack([confidence, 1 - confidence])
-    return score, correct, probabilities, (rng.random(n) > 0.75).astype(int), np.arange(n) // 3
-
-
-def test_intervals_are_those_of_the_bootstrap_over_groups():
-    score, correct, probabilities, label, group = scores(0)
-    metrics = score_metrics(score, correct, probabilities, label, group, n_resamples=200, seed=3)
-    low, high = bootstrap_interval(
-        lambda s, c: roc_auc_score(c, s), score, correct, group=group, n_resamples=200, seed=3
-    )
-    assert (metrics["auroc"]["low"], metrics["auroc"]["high"]) == pytest.approx((low, high))
-    low, high = bootstrap_interval(
-        lambda p, y: log_loss(p, y), probabilities, label, group=group, n_resamples=200, seed=3
-    )
-    assert (metrics["log_loss"]["low"], metrics["log_loss"]["high"]) == pytest.approx((low, high))
-    assert 0 < metrics["ece"]["null_mean"] < metrics["ece"]["null_p95"]
-
-
-def test_a_ranking_does_not_differ_from_itself_or_a_rising_map_of_itself():
-    score, correct, *_, group = scores(1)
-    same = ranking_difference((score, correct), (np.exp(score), correct), group)
-    for measure in ("auroc", "aurc"):
-        assert same[measure]["estimate"] == same[measure]["low"] == same[measure]["high"] == 0.0
-    worse = ranking_difference((score, correct), (-score, correct), group)
-    assert worse["auroc"]["high"] < 0 < worse["aurc"]["low"]
-
-
-def test_undefined_measures_say_why():
-    score, _, probabilities, label, group = scores(2)
-    metrics = score_metrics(score, np.ones(300, bool), probabilities, label, group, n_resamples=20)
-    assert metrics["auroc"]["estimate"] is None and "one class" in metrics["auroc"]["reason"]
-    assert metrics["aurc"]["estimate"] == 0.0
-    with pytest.raises(ValueError, match="must have as many rows"):
-        score_metrics(score[:-1], np.ones(300, bool), probabilities, label)
-    with pytest.raises(ValueError, match="must be finite"):
-        ranking_difference((score * np.nan, label == 0), (score, label == 0))
+@pytest.mark.parametrize("metric", ["auroc", "aurc"])
+def test_a_ranking_does_not_differ_from_a_rising_map_of_itself(metric):
+    rng = np.random.default_rng(1)
+    correct = rng.random(300) < 0.7
+    score, group = rng.normal(0, 1, 300) + correct, np.arange(300) // 3
+    first = (score, correct)
+    same = measure(metric, np.exp(score), correct, reference=first, group=group)
+    assert same["estimate"] == same["low"] == same["high"] == 0.0
+    turned = measure(metric, -score, correct, reference=first, group=group)
+    worse = turned["high"] < 0 if metric == "auroc" else turned["low"] > 0
+    assert worse
