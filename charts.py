@@ -1171,7 +1171,7 @@ def plot_agreement(data, figure):
         samples = f"{numbers['n_samples']} samples each"
         if numbers["temperature"] != 1.0:
             samples += f" at temperature {numbers['temperature']:g}"
-        ax.set_title(f"{MODELS[name]}, {n:,} test rows, {samples}")
+        ax.set_title(f"{MODELS[name]}, n = {n:,} test rows, {samples}")
     axes[0].set_ylabel("share that gives the same answer")
     _legend(foot, axes, ncols=2)
 

@@ -23,7 +23,7 @@ import charts
 import generate_all_charts
 from calibration_metrics import clustered_wilson_interval, expected_calibration_error
 from comparison import calibrator_comparison
-from records import ModelResults, load_results
+from records import CONSISTENCY, PARAPHRASE, TOKEN_PROBABILITY, ModelResults, load_results
 from settings import ROOT, SENTIMENT, Label, Task, UserError
 from simulated_cache import CATEGORIES, simulated_cache
 
@@ -348,7 +348,13 @@ def test_a_loss_that_was_not_measured_is_nan(evaluations):
 # Their numbers come from calibration rows and from bootstraps, which no single row allows.
 FROM_MANY_ROWS = {
     f"calibration/{name}.png"
-    for name in ("calibrator_comparison", "certified_thresholds", "sample_size")
+    for name in (
+        "calibrator_comparison",
+        "certified_thresholds",
+        "sample_size",
+        "agreement",
+        "signal_quality",
+    )
 }
 
 
@@ -486,6 +492,56 @@ def test_category_names_are_shown_as_they_are(evaluations):
     assert "a name far too long for the…" in shown
 
 
+# Signals.
+
+
+def test_agreement_is_the_share_of_samples_and_wordings_that_give_the_answer(evaluations):
+    for evaluation in evaluations.values():
+        for name, numbers in charts.prepare_agreement(evaluation.sampled)["models"].items():
+            results = getattr(evaluation, name).results
+            test = {e.id for e in results.examples if e.split == "test"}
+            of = {m: {} for m in (TOKEN_PROBABILITY, CONSISTENCY, PARAPHRASE)}
+            for p in results.predictions:
+                if p.method in of and p.example_id in test:
+                    of[p.method][p.example_id] = p
+            names = results.task.label_names
+            own = of[TOKEN_PROBABILITY]
+            drawn = [i for i in own if of[CONSISTENCY][i].error is None]
+            expected = [
+                of[CONSISTENCY][i].label_counts[names.index(own[i].predicted)] / 20 for i in drawn
+            ]
+            np.testing.assert_allclose(numbers["agreement"], expected)
+            np.testing.assert_allclose(
+                numbers["token_probability"], [own[i].confidence for i in drawn]
+            )
+            inside = np.interp(numbers["token_probability"], numbers["grid"], numbers["low"])
+            assert (numbers["agreement"] >= inside - 0.05).mean() > 0.95
+            worded = numbers["wordings"]
+            assert worded["count"].sum() == len(own)
+            shares = [
+                np.mean([np.argmax(q) == names.index(own[i].predicted) for q in p.pass_logprobs])
+                for i, p in of[PARAPHRASE].items()
+            ]
+            mean = np.nansum(worded["agreement"] * worded["count"]) / len(own)
+            assert mean == pytest.approx(np.mean(shares))
+
+
+def test_quality_runs_from_cheap_to_dear_and_ends_with_the_blend(evaluations):
+    data = charts.prepare_signal_quality(evaluations["two"].models)
+    cost = np.fmax(*(numbers["milliseconds"] for numbers in data["models"].values()))
+    assert data["names"][-1] == "combined" and (np.diff(cost[:-1]) >= 0).all()
+    base = data["models"]["base"]
+    at = data["names"].index("mc_dropout")
+    assert np.isnan(base["auroc_estimate"][at]) and np.isnan(base["passes"][at])
+    for name, numbers in data["models"].items():
+        methods = getattr(evaluations["two"], name).entry["signals"]["methods"]
+        for i, method in enumerate(data["names"]):
+            if method in methods:
+                for key in ("auroc", "log_loss"):
+                    for part in ("estimate", "low", "high"):
+                        assert numbers[f"{key}_{part}"][i] == methods[method]["metrics"][key][part]
+
+
 # Damaged caches.
 
 
@@ -602,6 +658,8 @@ FILES = [
             "training_progress",
         )
     ),
+    "calibration/agreement.png",
+    "calibration/signal_quality.png",
 ]
 
 
