@@ -16,6 +16,7 @@ probability, a subclass of `OneVsRestCalibrator`) and a line in `CALIBRATORS`.
 """
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 
 import numpy as np
 from scipy.interpolate import CubicSpline
@@ -871,13 +872,13 @@ def _shortened(value):
 
 
 def _differing_parts(saved, wanted):
-    """What differs between two identities, in words; parts compare as the JSON they become."""
+    """What differs between two identities, a list of words; parts compare as their JSON."""
     parts = []
     for key in sorted((set(saved) | set(wanted)) - {"fingerprint"}):
         a, b = saved.get(key), wanted.get(key)
         if fingerprint_of(a) != fingerprint_of(b):
             parts.append(f"{key} ({_shortened(a)}, now {_shortened(b)})")
-    return "; ".join(parts) or "no part that both name"
+    return parts
 
 
 def load_calibrator(path, identity):
@@ -900,9 +901,45 @@ def load_calibrator(path, identity):
             f"{path} is damaged ({type(error).__name__}: {error}); {FIT_AGAIN}"
         ) from None
     if not same:
+        parts = "; ".join(_differing_parts(saved, identity)) or "no part that both name"
         raise UserError(
             f"{path} was fitted for {saved['fingerprint']}, not for {identity['fingerprint']}; "
-            f"different: {_differing_parts(saved, identity)}. "
+            f"different: {parts}. "
             f"Use what it was fitted for, or {FIT_AGAIN}"
         )
     return calibrator
+
+
+class NoCalibrator(UserError):
+    """The evaluation holds no calibrator of the model, adapter, prompt and dtype that is asked."""
+
+
+def cached_calibrator(cache_dir, identity):
+    """(calibrator, entry): what calibrated_results.json has for exactly this identity.
+
+    calibrator: the one that cross-fitting on the calibration rows chose; entry: the model's part of
+    the file, docs/CACHE_SCHEMA.md. Raises NoCalibrator, saying why, where the file or the model in
+    it is missing; UserError where the file is damaged.
+    """
+    _require_fingerprint(identity)
+    path = Path(cache_dir) / "calibrated_results.json"
+    if not path.exists():
+        raise NoCalibrator(f"there is no {path}; generate_evaluation_cache.py makes it")
+    cache = read_json(path, FIT_AGAIN)
+    if cache.get("schema_version") != SCHEMA_VERSION:
+        found = cache.get("schema_version")
+        raise UserError(f"{path} has schema {found}, not {SCHEMA_VERSION}; {FIT_AGAIN}")
+    try:
+        differences = {}
+        for name, entry in cache["models"].items():
+            if entry["identity"]["fingerprint"] == identity["fingerprint"]:
+                chosen = entry["selection"]["chosen"]
+                return CALIBRATORS[chosen].from_json(entry["calibrators"][chosen]), entry
+            differences[name] = _differing_parts(entry["identity"], identity)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}); {FIT_AGAIN}") from error
+    reason = f"{path} has no calibrator of exactly this model, adapter, question and dtype"
+    if differences:
+        nearest = min(differences, key=lambda name: len(differences[name]))
+        reason += f"; from {nearest} in there it differs in {'; '.join(differences[nearest])}"
+    raise NoCalibrator(reason)
