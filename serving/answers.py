@@ -32,7 +32,10 @@ class Question(BaseModel):
         examples=["base"],
     )
     model_type: str | None = Field(
-        None, max_length=64, description="an older name of `model`", deprecated=True
+        None,
+        max_length=64,
+        description="an older name of `model`",
+        json_schema_extra={"deprecated": True},
     )
 
     @model_validator(mode="after")
@@ -230,6 +233,14 @@ class ModelInfo(BaseModel):
     decisions_reason: str | None = None
 
 
+class ZoneInfo(BaseModel):
+    """A zone of the calibrated confidence."""
+
+    low: Share = Field(description="its lower edge")
+    name: str
+    action: Literal["automate", "review", "manual"]
+
+
 class ModelsAnswer(BaseModel):
     """All models, the base model first."""
 
@@ -237,6 +248,10 @@ class ModelsAnswer(BaseModel):
     dtype: str
     device: str
     models: list[ModelInfo]
+    zones: list[ZoneInfo] = Field(
+        default=[ZoneInfo(low=low, name=name, action=action) for low, name, action in ZONES],
+        description="what to do with an answer, from the highest confidence down",
+    )
 
 
 class Health(BaseModel):

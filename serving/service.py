@@ -104,6 +104,8 @@ class Service:
         the work up when the client goes away or the deadline passes.
         """
         deadline = time.monotonic() + self.settings.deadline_sec
+        if self.settings.log == "texts":
+            log.info("%s texts for %s: %s", request.state.request_id, ascii(name), ascii(texts))
         self.check_started()
         self.queue.check_room(1)
         model, encoded = await self.in_front(self._prepare, name, texts)
