@@ -23,14 +23,12 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import numpy as np
 
-from settings import EMBEDDED_MODEL_DIR, SENTIMENT, UserError, exit_code
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-PARTS = ("batching", "overload", "adapters", "equality", "litserve")
+from settings import EMBEDDED_MODEL_DIR, ROOT, SENTIMENT, UserError, exit_code
+
 ROUND_SEC = 5.0
 CLIENTS = 32
 N_ADAPTERS = 10
@@ -178,7 +176,7 @@ class Tally:
 
 
 async def take_turns(contestants, seconds):
-    """{name: Tally} of contestants {name: (port, bodies, clients, path)}, in rounds of ROUND_SEC."""
+    """{name: Tally}; contestants: {name: (port, bodies, clients, path)}, rounds of ROUND_SEC."""
     tallies = {name: Tally() for name in contestants}
     rounds = max(1, round(seconds / ROUND_SEC))
     for number in range(rounds):
@@ -427,6 +425,9 @@ async def litserve(texts, seconds, folder):
         theirs.stop()
 
 
+PARTS = {part.__name__: part for part in (batching, overload, adapters, equality, litserve)}
+
+
 def lines_of(numbers, indent=0):
     for key, value in numbers.items():
         if isinstance(value, dict):
@@ -445,7 +446,7 @@ def run(parts, seconds):
     try:
         for part in parts:
             print(part, file=sys.stderr)
-            numbers[part] = asyncio.run(globals()[part](texts, seconds, folder))
+            numbers[part] = asyncio.run(PARTS[part](texts, seconds, folder))
             print("\n".join([part, *lines_of(numbers[part], 2)]), flush=True)
     finally:
         shutil.rmtree(folder)
