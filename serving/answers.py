@@ -46,7 +46,7 @@ class Question(BaseModel):
 
     @property
     def asked(self):
-        return self.model or self.model_type or BASE
+        return next(n for n in (self.model, self.model_type, BASE) if n is not None)
 
 
 class TextQuestion(Question):
