@@ -18,7 +18,6 @@ import socket
 import sys
 
 from serving.settings import (
-    BATCH_TOKENS,
     ENVIRONMENT_PREFIX,
     ServingSettings,
     api_key,
@@ -36,7 +35,6 @@ def parse_arguments(arguments=None):
         "Exit codes: 0 stopped by a signal, 1 failed, 2 bad usage.",
     )
     add_arguments(parser, ServingSettings, ModelSettings, TaskSettings)
-    parser.set_defaults(batch_tokens=BATCH_TOKENS)
     names = {ENVIRONMENT_PREFIX + a.dest.upper(): a.dest for a in parser._actions}
     parser.set_defaults(**{names[v]: text for v, text in os.environ.items() if v in names})
     return parser.parse_args(arguments)

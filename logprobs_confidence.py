@@ -6,16 +6,17 @@
 A text is put into the task's question and the model's chat template. One deterministic forward pass
 gives the probability of every possible next token; the probabilities of each label's answer words
 are summed over the full vocabulary (softmax in float32). Nothing is sampled and nothing generated.
+How the passes are made fast is the matter of `engine.py`.
 """
 
 import argparse
 import copy
+import functools
 import hashlib
 import logging
 import math
 import re
 import sys
-import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,16 @@ TEMPLATE_DATE = "26 Jul 2024"
 DATE_MACRO = f"{{%- macro strftime_now(format) -%}}{TEMPLATE_DATE}{{%- endmacro -%}}"
 FULL_PRECISION_TOLERANCE = 1e-4  # largest |Δ probability|, batched against one at a time, float32
 HALF_PRECISION_TOLERANCE = 3e-2  # the same for bfloat16 and float16
+DEVICE_MAPS = ("none", "auto", "balanced", "sequential")
+ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
+ENGINE_VERSION = 2  # of how probabilities are computed; another one, other last digits
+CHUNK = 4096  # texts tokenised at a time, so that memory does not grow with their number
+CHECK_TEXTS = (  # on which a loaded model's engine is compared with its plain forward pass
+    "Fine.",
+    "«Ça va» — the second half starts at four o'clock.",
+    "A dull, lifeless and far too long evening that I would not wish on anybody; we left early and "
+    "were glad of the rain outside, the bus that came at once and the 2 of us still talking.",
+)
 
 
 @dataclass(frozen=True)
@@ -91,9 +102,10 @@ class PromptEncoder:
             self._separate([probe])[0] == self.start_ids + self._ids([before + probe + after])[0]
             for probe in ("Good", "an ugly, dull 2nd part!", "«Ça va»\nnow")
         )
-        probes = self._encode_whole_prompts(["Good", "1 zoo"])
-        self.prefix_length = common_length(*probes)
-        self.suffix_length = common_length(*(ids[::-1] for ids in probes))
+        probes = self._encode_whole_prompts(["Good", "1 zoo", "the end.", "«Ça»", "(I) - 'no'"])
+        self.prefix_length = min(common_length(probes[0], ids) for ids in probes[1:])
+        self.suffix_length = min(common_length(probes[0][::-1], ids[::-1]) for ids in probes[1:])
+        self.prefix = probes[0][: self.prefix_length]  # most prompts begin so, but not every one
         self.room = max_tokens - self.prefix_length - self.suffix_length
         if self.room < 8:
             raise UserError(
@@ -239,16 +251,41 @@ def choose_device(device="auto"):
 
 
 def choose_dtype(dtype, device):
-    """`auto` → what the device computes fast: bfloat16 or float16 on a GPU, float32 on a CPU."""
+    """`auto` → what the device computes fast: bfloat16 or float16 on a GPU, float32 on a CPU.
+
+    `fastest` is `auto`, except that `model_dtype` tries the model out on a CPU.
+    """
     import torch
 
-    if dtype == "auto":
+    if dtype in ("auto", "fastest"):
         if device == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
         return torch.float16 if device == "mps" else torch.float32
     if dtype not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+        raise UserError(f"dtype must be auto, fastest, float32, bfloat16 or float16, got {dtype!r}")
     return getattr(torch, dtype)
+
+
+def model_dtype(settings, device):
+    """The torch dtype that `ModelSettings` give on a device; for "fastest" the probe's finding."""
+    if settings.dtype == "fastest" and device == "cpu":
+        return fastest_dtype(settings.model)
+    return choose_dtype(settings.dtype, device)
+
+
+@functools.cache
+def fastest_dtype(model):
+    """float32, or bfloat16 where it is at least a fifth faster on this CPU: the model is tried."""
+    import torch
+
+    from engine import seconds_per_batch
+
+    seconds = {
+        dtype: seconds_per_batch(load_model_and_tokenizer(ModelSettings(model, "cpu", dtype))[0])
+        for dtype in ("bfloat16", "float32")
+    }
+    faster = seconds["float32"] > 1.2 * seconds["bfloat16"]
+    return torch.bfloat16 if faster else torch.float32
 
 
 def quantization_config(quantization, device, dtype):
@@ -294,13 +331,25 @@ def load_model_and_tokenizer(settings):
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from engine import use_float32_head
+
     quiet_libraries()
     name = resolve_model(settings.model)
     device = choose_device(settings.device)
-    dtype = choose_dtype(settings.dtype, device)
-    quantization = quantization_config(settings.quantization, device, dtype)
     folder = Path(name)
     check_model_name(name)
+    dtype = model_dtype(settings, device)
+    quantization = quantization_config(settings.quantization, device, dtype)
+    if settings.attention not in ATTENTION:
+        raise UserError(
+            f"attention must be one of {', '.join(ATTENTION)}, got {settings.attention!r}"
+        )
+    if settings.device_map not in DEVICE_MAPS:
+        raise UserError(
+            f"device_map must be one of {', '.join(DEVICE_MAPS)}, got {settings.device_map!r}"
+        )
+    spread = settings.device_map != "none" and device == "cuda"
+    place = settings.device_map if spread else {"": torch_device(device)}
     options = {"trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
@@ -308,7 +357,8 @@ def load_model_and_tokenizer(settings):
             name,
             dtype=dtype,
             quantization_config=quantization,
-            device_map={"": torch_device(device)} if quantization else None,
+            device_map=place if spread or quantization else None,
+            attn_implementation=None if settings.attention == "auto" else settings.attention,
             use_safetensors=True,
             **options,
         )
@@ -329,8 +379,9 @@ def load_model_and_tokenizer(settings):
             "and run: hf auth login"
         )
         raise UserError(f"cannot load the model {name}: {reason[:300]}; {step}") from error
-    if not quantization:
+    if not quantization and not spread:
         model.to(torch_device(device))
+    use_float32_head(model)
     model.eval()
     return model, tokenizer, device
 
@@ -369,11 +420,17 @@ def weights_fingerprint(folder_or_id):
 
 def model_fingerprint(settings):
     """Identity of what `ModelSettings` load here: the weights and how they are computed with."""
-    dtype = choose_dtype(settings.dtype, choose_device(settings.device))
     name = resolve_model(settings.model)
     check_model_name(name)
     return fingerprint(
-        [weights_fingerprint(name), str(dtype), settings.quantization, settings.max_tokens]
+        [
+            ENGINE_VERSION,
+            weights_fingerprint(name),
+            str(model_dtype(settings, choose_device(settings.device))),
+            settings.quantization,
+            settings.max_tokens,
+            settings.attention,
+        ]
     )
 
 
@@ -394,7 +451,8 @@ class TransformerLogprobsClassifier:
     task: the question and its labels. max_tokens is bounded by the model's context.
 
     Attributes: device ("cuda", "mps", "cpu"), dtype (a torch dtype), encoder (`PromptEncoder`),
-    tolerance: the largest difference of a probability between batched and one-at-a-time scoring.
+    engine (`Engine`: whether prompts are shared, how many batches at a time), tolerance: the
+    largest difference of a probability between batched and one-at-a-time scoring.
     """
 
     def __init__(self, model="embedded", adapter=None, task=SENTIMENT):
@@ -403,14 +461,40 @@ class TransformerLogprobsClassifier:
         self.adapter = str(adapter) if adapter is not None else None
         if self.adapter is not None and not (Path(adapter) / "adapter_config.json").exists():
             raise UserError(f"no adapter in {adapter}/; run: python fine_tune_model.py")
-        self.model, self.tokenizer, self.device = load_model_and_tokenizer(self.settings)
+        from engine import Engine
+
+        model, self.tokenizer, self.device = load_model_and_tokenizer(self.settings)
+        self.engine = Engine(model, self.settings.batch_tokens)
         self.dtype = self.model.dtype
         half = str(self.dtype) != "torch.float32" or self.settings.quantization != "none"
         self.tolerance = HALF_PRECISION_TOLERANCE if half else FULL_PRECISION_TOLERANCE
         if self.adapter is not None:
             self._load_adapter()
         self.encoder = self._encoder(task)
-        self._switch = {"adapter": self.adapter is not None}  # shared by `for_task` siblings
+        self._switch = {  # shared by `for_task` siblings
+            "adapter": self.adapter is not None,
+            "dropout": False,
+        }
+        self._check_engine()
+
+    @property
+    def model(self):
+        """The causal language model, with its adapter; siblings and engine see the same one."""
+        return self.engine.model
+
+    @model.setter
+    def model(self, model):
+        self.engine.model = model
+
+    def _check_engine(self):
+        prompts = [ids for ids, _ in self.encoder.encode(CHECK_TEXTS)]
+        problem = self.engine.check(prompts, self.encoder.prefix_length, self.tolerance)
+        if problem is not None:
+            print(
+                f"warning: {self.settings.model}: every text is scored with its whole prompt, "
+                f"which is slower: {problem}",
+                file=sys.stderr,
+            )
 
     def _encoder(self, task):
         config = self.model.config.get_text_config()
@@ -476,6 +560,43 @@ class TransformerLogprobsClassifier:
         finally:
             self._switch["adapter"] = True
 
+    @contextmanager
+    def dropout(self, seed):
+        """Inside the block the adapter's dropout layers are active, their masks drawn from `seed`.
+
+        Everything else stays as it is at evaluation. One mask is drawn for the shared prompt of
+        each `classify_batch`, others for every text. Raises UserError where there is no active
+        adapter or one without dropout.
+        """
+        import torch
+
+        layers = [
+            module
+            for name, module in self.model.named_modules()
+            if "lora_dropout" in name and isinstance(module, torch.nn.Dropout) and module.p > 0
+        ]
+        if not self.adapter_active or not layers:
+            raise UserError(
+                "Monte-Carlo dropout needs an adapter that was trained with --dropout above 0"
+            )
+        devices = [torch.cuda.current_device()] if self.device == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            self._switch["dropout"] = True
+            for layer in layers:
+                layer.train()
+            try:
+                yield self
+            finally:
+                for layer in layers:
+                    layer.eval()
+                self._switch["dropout"] = False
+
+    def _prefix(self):
+        """The engine's cache of what the prompts of this task share, or None."""
+        fixed = not self._switch["dropout"] and not self.model.training
+        return self.engine.prefix(self.encoder.prefix, self.adapter_active, keep=fixed)
+
     def classify(self, text, temperature=1.0):
         """`Prediction` for one text. Raises UserError for a text that cannot be scored."""
         prediction = self.classify_batch([text], temperature=temperature)[0]
@@ -498,106 +619,75 @@ class TransformerLogprobsClassifier:
         if isinstance(texts, str):
             raise TypeError("texts must be a list of strings, got one string; use classify(text)")
         ids = [str(i) for i in range(len(texts))] if ids is None else list(ids)
-        results, rows = self._encode_rows(texts, ids)
-        with tqdm(total=len(rows), unit="text", disable=not progress, file=sys.stderr) as bar:
-            for batch in self._batches(rows):
-                started = time.perf_counter()
-                scored = self._label_logprobs([rows[i][1] for i in batch], temperature)  # (B, K)
-                seconds = (time.perf_counter() - started) / len(batch)
-                for i, logprobs in zip(batch, scored, strict=True):
-                    position, _, truncated = rows[i]
-                    if not all(math.isfinite(v) for v in logprobs):
-                        error = f"the model gave a label the log-probability {min(logprobs)}"
-                        results[position] = self._error(ids[position], error)
-                        continue
-                    results[position] = prediction_from_logprobs(
-                        ids[position],
-                        self.task,
-                        logprobs,
-                        truncated=truncated,
-                        latency_sec=seconds,
-                    )
-                bar.update(len(batch))
-        return [results[i] for i in range(len(texts))]
+        results, places = [None] * len(texts), {}  # text: where it stands, once or more
+        for i, text in enumerate(texts):
+            if problem := text_problem(text):
+                results[i] = self._error(ids[i], problem)
+            else:
+                places.setdefault(text.strip(), []).append(i)
+        queue = sorted(places, key=len, reverse=True)
+        prefix, dropout = self._prefix(), self._switch["dropout"]
+
+        def score(sequences, shared):
+            return self.label_logprobs(sequences, temperature, shared)
+
+        with tqdm(total=len(queue), unit="text", disable=not progress, file=sys.stderr) as bar:
+            for start in range(0, len(queue), CHUNK):
+                chunk = queue[start : start + CHUNK]
+                rows, errors = self._encode_rows(chunk)
+                for text, problem in errors:
+                    for i in places[text]:
+                        results[i] = self._error(ids[i], problem)
+                sequences = [sequence for _, sequence, _ in rows]
+                batches = self.engine.run(sequences, prefix, score, parallel=not dropout)
+                for batch, scored, seconds in batches:
+                    for row, logprobs in zip(batch, scored, strict=True):
+                        text, _, truncated = rows[row]
+                        for i in places[text]:
+                            results[i] = self.prediction(
+                                ids[i], logprobs, truncated, seconds / len(batch)
+                            )
+                    bar.update(len(batch))
+                bar.update(len(errors))
+        return results
 
     def _error(self, example_id, message):
         return Prediction(example_id=example_id, method=TOKEN_PROBABILITY, error=message)
 
-    def _encode_rows(self, texts, ids):
-        """({position: error prediction}, [(position, token ids, truncated)])."""
-        results, rows, kept = {}, [], []
-        for position, text in enumerate(texts):
-            problem = text_problem(text)
-            if problem is None:
-                kept.append(position)
-            else:
-                results[position] = self._error(ids[position], problem)
+    def prediction(self, example_id, logprobs, truncated, seconds):
+        """The `Prediction` that follows from a text's `label_logprobs`."""
+        if not all(math.isfinite(v) for v in logprobs):
+            return self._error(
+                example_id, f"the model gave a label the log-probability {min(logprobs)}"
+            )
+        return prediction_from_logprobs(
+            example_id, self.task, logprobs, truncated=truncated, latency_sec=seconds
+        )
+
+    def _encode_rows(self, texts):
+        """([(text, token ids, truncated)], [(text, why it cannot be scored)])."""
         try:
-            encoded = self.encoder.encode([texts[i].strip() for i in kept])
-            rows = [(i, *row) for i, row in zip(kept, encoded, strict=True)]
+            encoded = self.encoder.encode(texts)
+            return [(text, *row) for text, row in zip(texts, encoded, strict=True)], []
         except UserError:  # a text holds a control token this tokenizer cannot treat as text
-            for i in kept:
+            rows, errors = [], []
+            for text in texts:
                 try:
-                    rows.append((i, *self.encoder.encode([texts[i].strip()])[0]))
+                    rows.append((text, *self.encoder.encode([text])[0]))
                 except UserError as error:
-                    results[i] = self._error(ids[i], str(error))
-        return results, rows
+                    errors.append((text, str(error)))
+            return rows, errors
 
-    def _batches(self, rows):
-        """Row numbers, longest first, in batches of at most `batch_tokens` padded tokens."""
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i][1]))
-        start = 0
-        while start < len(order):
-            longest = len(rows[order[start]][1])
-            size = max(1, self.settings.batch_tokens // longest)
-            yield order[start : start + size]
-            start += size
+    def label_logprobs(self, sequences, temperature=1.0, prefix=None):
+        """[(K,) list of log-probabilities in nats] for prompts given as token ids.
 
-    def _next_token_logprobs(self, sequences, positions=None, temperature=1.0):
-        """Float32 log-probabilities (nats) of the token after each position, (B, P, V).
-
-        positions: for every row those wanted; by default its last one.
-        Rows are padded on the right. The attention is causal, so the padding changes nothing at or
-        before a row's last token and needs no mask.
+        prefix: a `SharedPrefix` with which every prompt begins.
         """
         import torch
 
-        if positions is None:
-            positions = [[len(ids) - 1] for ids in sequences]
-        width = max(len(ids) for ids in sequences)
-        batch = torch.zeros(len(sequences), width, dtype=torch.long)
-        for row, ids in enumerate(sequences):
-            batch[row, : len(ids)] = torch.tensor(ids)
-        wanted = sorted({p for row in positions for p in row})
-        column = {p: i for i, p in enumerate(wanted)}
-        index = torch.tensor([[column[p] for p in row] for row in positions])  # (B, P)
-        with torch.inference_mode():
-            try:
-                logits = self.model(
-                    input_ids=batch.to(self.device),
-                    logits_to_keep=torch.tensor(wanted, device=self.device),
-                    use_cache=False,
-                ).logits  # (B, len(wanted), V)
-            except torch.OutOfMemoryError as error:
-                raise UserError(
-                    f"out of memory with {batch.numel()} tokens in a batch; lower --batch-tokens "
-                    "or use --quantization 4bit"
-                ) from error
-            if logits.shape[1] != len(wanted):
-                raise UserError(
-                    f"{self.settings.model} ignores logits_to_keep, which this classifier needs; "
-                    "choose another model"
-                )
-            rows = torch.arange(len(sequences))[:, None]
-            chosen = logits[rows, index.to(logits.device)].float()
-            return (chosen / temperature).log_softmax(-1)
-
-    def _label_logprobs(self, sequences, temperature):
-        """[(K,) list of log-probabilities in nats] for prompts given as token ids."""
-        import torch
-
         if self.encoder.label_ids is not None:
-            logprobs = self._next_token_logprobs(sequences, None, temperature)[:, 0]  # (B, V)
+            logits = self.engine.logits(sequences, prefix=prefix)  # (B, V)
+            logprobs = (logits / temperature).log_softmax(-1)
             sums = [logprobs[:, list(ids)].logsumexp(-1) for ids in self.encoder.label_ids]
             return torch.stack(sums, dim=1).tolist()
         labels = []
@@ -606,18 +696,23 @@ class TransformerLogprobsClassifier:
             for word in words:
                 longer = [ids + list(word[:-1]) for ids in sequences]
                 places = [list(range(len(ids) - 1, len(ids) - 1 + len(word))) for ids in sequences]
-                logprobs = self._next_token_logprobs(longer, places, temperature)  # (B, W, V)
-                steps = torch.arange(len(word))
-                scores.append(logprobs[:, steps, list(word)].sum(-1))
+                logits = self.engine.logits(longer, places, prefix)  # (B · W, V)
+                logprobs = (logits / temperature).log_softmax(-1)
+                logprobs = logprobs.view(len(sequences), len(word), -1)
+                scores.append(logprobs[:, torch.arange(len(word)), list(word)].sum(-1))
             labels.append(torch.stack(scores).logsumexp(0))
         return torch.stack(labels, dim=1).tolist()
 
     def explain(self, text, k=8):
         """`Explanation` of one text: prediction, top-k tokens and each label's words."""
         prediction = self.classify(text)
-        prompt = text.strip()
-        ids, _ = self.encoder.encode([prompt])[0]
-        logprobs = self._next_token_logprobs([ids])[0, 0]
+        ids, _ = self.encoder.encode([text.strip()])[0]
+        logprobs = self.engine.logits([ids], prefix=self._prefix())[0].log_softmax(-1)
+        return self.explanation(text, prediction, logprobs, k)
+
+    def explanation(self, text, prediction, logprobs, k=8):
+        """The `Explanation` that follows from a text's prediction and from the log-probabilities
+        (V,), nats, of the token after its prompt."""
         order = logprobs.argsort(descending=True)
         rank = {int(token): i + 1 for i, token in enumerate(order.tolist())}
 
@@ -634,7 +729,7 @@ class TransformerLogprobsClassifier:
                 tokens = tuple(dict.fromkeys(word[0] for word in self.encoder.label_words[i]))
             words[label.name] = tuple(sorted(map(row, tokens), key=lambda t: t.rank))
         top = tuple(row(token) for token in order[:k].tolist())
-        return Explanation(self.encoder.prompt(prompt), prediction, top, words)
+        return Explanation(self.encoder.prompt(text.strip()), prediction, top, words)
 
     def next_token_distribution(self, prompt, k=8):
         """The k most probable next tokens after `prompt` as it stands, without a template.
@@ -648,7 +743,7 @@ class TransformerLogprobsClassifier:
         start = self.tokenizer("").input_ids
         ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
         ids = start + ids[-(self.encoder.max_tokens - len(start)) :]
-        logprobs = self._next_token_logprobs([ids])[0, 0]
+        logprobs = self.engine.logits([ids])[0].log_softmax(-1)
         values, tokens = logprobs.topk(min(k, len(logprobs)))
         return [
             TokenProbability(i + 1, t, visible_token(self.tokenizer, t), v, math.exp(v))

@@ -231,10 +231,22 @@ class ModelSettings:
         "embedded", f"preset ({', '.join(MODEL_PRESETS)}), hub id or local folder of the model"
     )
     device: str = setting("auto", "auto, cuda, mps or cpu")
-    dtype: str = setting("auto", "auto, float32, bfloat16 or float16")
+    dtype: str = setting(
+        "auto",
+        "auto (float32 on a CPU, so that machines agree), fastest (float32 or bfloat16, tried out "
+        "on this CPU), float32, bfloat16 or float16",
+    )
     quantization: str = setting("none", "none, 8bit or 4bit (bitsandbytes)")
-    batch_tokens: int = setting(8192, "tokens of a batch at evaluation, padding included")
+    batch_tokens: int | None = setting(
+        None,
+        "most tokens of a batch at evaluation, padding included (default: 1024 on a CPU, 16384 on "
+        "a GPU, fewer where memory is short)",
+    )
     max_tokens: int = setting(4096, "longest prompt in tokens; longer texts lose their middle")
+    attention: str = setting("auto", "auto, eager, sdpa, flash_attention_2 or flash_attention_3")
+    device_map: str = setting(
+        "none", "none (one device), or auto, balanced or sequential: spread over the GPUs there are"
+    )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ adapter_model.safetensors, task.json, manifest.json). `calibrator.json` in it, w
 import copy
 import logging
 import re
+import threading
 import time
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ BASE, FINETUNED = "base", "finetuned"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "task.json", "manifest.json")
 CALIBRATOR_FILE = "calibrator.json"
+BASE_ROWS = "__base__"  # PEFT's name of no adapter in a mixed batch
 LOOK_AGAIN_SEC = 1.0  # between two looks at the folders
 RETRAIN = "run: python fine_tune_model.py --force-retrain"
 
@@ -129,6 +131,7 @@ class Catalogue:
         self.max_tokens = classifier.encoder.max_tokens
         self.base_identity = classifier.identity
         self.base_task = classifier.task
+        self.shares_prefix = classifier.engine.shares_prefix
         self._folders = {}
         self._looked = -float("inf")
         self._evaluated = None
@@ -215,7 +218,8 @@ class Catalogue:
         return model
 
     def encode(self, model, texts):
-        """[(number of tokens, or why the text cannot be scored)] of the texts for this model."""
+        """[number of tokens to compute, or why the text cannot be scored] for this model."""
+        shared = model.encoder.prefix_length if self.shares_prefix else 0
         results = []
         for text in texts:
             problem = text_problem(text)
@@ -227,7 +231,7 @@ class Catalogue:
             if problem is None:
                 try:
                     ((ids, _),) = model.encoder.encode([text.strip()])
-                    results.append(len(ids))
+                    results.append(max(1, len(ids) - shared))
                     continue
                 except UserError as error:  # a control token that this tokenizer cannot tell apart
                     problem = str(error)
@@ -321,51 +325,82 @@ def measured_decisions(model):
 # ----------------------------------------------------------------------------------- the weights
 
 
+class Row(list):
+    """Token ids of a prompt; `adapter` is the key of the adapter that answers it, or None."""
+
+    def __init__(self, ids, adapter):
+        super().__init__(ids)
+        self.adapter = adapter
+
+
 class SharedModel:
     """One copy of the base weights, and the adapters in memory. For one thread.
+
+    Rows of different adapters go through the model together: each of PEFT's layers is told which
+    adapter each row of its batch asks. That is said for every thread of the engine by itself, so
+    several batches can be under way at once. What the prompts share is computed for each adapter.
 
     classifier: `TransformerLogprobsClassifier` of the base model.
     """
 
     def __init__(self, classifier, max_adapters):
-        self.classifier, self.max_adapters = classifier, max_adapters
-        self._loaded = OrderedDict()  # key: classifier with its task, the least recently used first
-        self._base_task = classifier.task
+        self.classifier, self.engine, self.max_adapters = (
+            classifier,
+            classifier.engine,
+            max_adapters,
+        )
+        self._loaded = OrderedDict()  # key of an adapter: its task; the least recently used first
+        self._classifiers = {classifier.task: classifier}
+        self._prefixes = {}  # (key of an adapter or None, shared token ids): `SharedPrefix`
+        self._rows = threading.local()  # .adapters: PEFT's names of those asked by the batch's rows
+        self._layers = set()  # layers that are told
 
     @property
     def loaded(self):
         """Keys of the adapters in memory."""
         return tuple(self._loaded)
 
-    def _with_task(self, task):
-        return self.classifier if task == self._base_task else self.classifier.for_task(task)
+    @property
+    def go_tokens(self):
+        """Tokens that are scored at once: a batch for every worker of the engine."""
+        return self.engine.budget * self.engine.workers
 
-    def _ready(self, model):
-        """The classifier that asks this model's question; its adapter is in memory then."""
+    # --------------------------------------------------------------------------------- adapters
+
+    def _require(self, model):
+        """Have the adapter of this model in memory. Raises UserError if that cannot be."""
         if model.key is None:
-            return self.classifier
-        if model.key in self._loaded:
-            self._loaded.move_to_end(model.key)
-            return self._loaded[model.key]
-        while len(self._loaded) >= self.max_adapters:
-            key, _ = self._loaded.popitem(last=False)
-            self.classifier.model.delete_adapter(key)
-        self._load(model)
-        self._loaded[model.key] = self._with_task(model.task)
-        return self._loaded[model.key]
+            return
+        if model.key not in self._loaded:
+            while len(self._loaded) >= self.max_adapters:
+                self._drop(next(iter(self._loaded)))
+            self._load(model)
+            self._loaded[model.key] = model.task
+        self._loaded.move_to_end(model.key)
+
+    def _drop(self, key):
+        self._loaded.pop(key, None)
+        self._prefixes = {k: prefix for k, prefix in self._prefixes.items() if k[0] != key}
+        if key in getattr(self.engine.model, "peft_config", {}):
+            self.engine.model.delete_adapter(key)
 
     def _load(self, model):
         import safetensors
         from peft import PeftModel
 
-        folder, shared = str(model.folder), self.classifier.model
+        folder = str(model.folder)
         try:
-            if isinstance(shared, PeftModel):
-                shared.load_adapter(folder, model.key)
+            if isinstance(self.engine.model, PeftModel):
+                self.engine.model.load_adapter(folder, model.key)
             else:
-                self.classifier.model = PeftModel.from_pretrained(shared, folder, model.key)
+                self.engine.model = PeftModel.from_pretrained(self.engine.model, folder, model.key)
+            self.engine.model.eval()
+            self._tell_layers()
             if weights_fingerprint(folder) != model.key:
                 raise UserError("its files changed while they were read; ask again")
+            (probe,) = self._score(model.task, [(model.key, "Good.")])
+            if probe.error is not None:
+                raise UserError(probe.error)
         except (
             safetensors.SafetensorError,
             UserError,
@@ -375,48 +410,136 @@ class SharedModel:
             OSError,
             TypeError,
         ) as error:
-            shared = self.classifier.model
-            if isinstance(shared, PeftModel) and model.key in shared.peft_config:
-                shared.delete_adapter(model.key)
+            self._drop(model.key)
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise UserError(
                 f"the adapter does not fit the base model or is damaged ({reason}); {RETRAIN}"
             ) from error
-        self.classifier.model.eval()
+
+    def _tell_layers(self):
+        from peft.tuners.lora.layer import LoraLayer
+
+        def tell(layer, arguments, named):
+            return arguments, named | {"adapter_names": self._rows.adapters}
+
+        for layer in self.engine.model.modules():
+            if isinstance(layer, LoraLayer) and layer not in self._layers:
+                layer.register_forward_pre_hook(tell, with_kwargs=True)
+                self._layers.add(layer)
 
     @contextmanager
-    def _asked(self, model):
-        """Inside the block the classifier answers as this model. Raises UserError if it cannot."""
-        classifier = self._ready(model)
-        if model.key is not None:
-            classifier.model.set_adapter(model.key, inference_mode=True)
-            yield classifier
-        elif self._loaded:
-            with classifier.model.disable_adapter():
-                yield classifier
-        else:
-            yield classifier
+    def _asking(self, adapters):
+        """Inside the block the rows of this thread's batch ask these adapters, None: the base."""
+        self._rows.adapters = [BASE_ROWS if key is None else key for key in adapters]
+        try:
+            yield
+        finally:
+            del self._rows.adapters
+
+    def _prefix(self, adapters, ids):
+        """`SharedPrefix` of token ids for a batch whose rows ask these adapters, or None."""
+        import torch
+
+        from engine import SharedPrefix, shared_prefix
+
+        if not self.engine.shares_prefix or not ids:
+            return None
+        names = list(dict.fromkeys(adapters))
+        for key in names:
+            if (key, tuple(ids)) not in self._prefixes:
+                with torch.inference_mode(), self._asking([key]):
+                    self._prefixes[key, tuple(ids)] = shared_prefix(self.engine.model, ids)
+        prefixes = [self._prefixes[key, tuple(ids)] for key in names]
+        if len(prefixes) == 1:
+            return prefixes[0]
+        row = torch.tensor([names.index(key) for key in adapters])
+        layers = []
+        for same in zip(*(prefix.layers for prefix in prefixes), strict=True):
+            layer = copy.copy(same[0])  # keys and values of every row's own adapter, (B, ...)
+            layer.keys = torch.cat([one.keys for one in same])[row]
+            layer.values = torch.cat([one.values for one in same])[row]
+            layers.append(layer)
+        return SharedPrefix(ids, layers)
+
+    # ---------------------------------------------------------------------------------- scoring
+
+    def _classifier(self, task):
+        if task not in self._classifiers:
+            used = {self.classifier.task, task, *self._loaded.values()}
+            kept = {t: c for t, c in self._classifiers.items() if t in used}
+            self._classifiers = kept | {task: self.classifier.for_task(task)}
+        return self._classifiers[task]
+
+    def _score(self, task, asked):
+        """A `Prediction` for each (key of an adapter or None, text) of one task."""
+        classifier = self._classifier(task)
+        encoded = classifier.encoder.encode([text.strip() for _, text in asked])
+        rows = [Row(ids, key) for (ids, _), (key, _) in zip(encoded, asked, strict=True)]
+        shared = classifier.encoder.prefix
+        for key in {row.adapter for row in rows}:
+            self._prefix([key], shared)  # computed here, not by several workers at once
+
+        def score(sequences, prefix):
+            adapters = [row.adapter for row in sequences]
+            if prefix is not None:
+                prefix = self._prefix(adapters, shared)
+            with self._asking(adapters):
+                return classifier.label_logprobs(sequences, prefix=prefix)
+
+        results = [None] * len(rows)
+        prefix = self._prefix([rows[0].adapter], shared)  # says which rows begin so
+        for batch, scored, seconds in self.engine.run(rows, prefix, score):
+            for row, logprobs in zip(batch, scored, strict=True):
+                results[row] = classifier.prediction(
+                    str(row), logprobs, encoded[row][1], seconds / len(batch)
+                )
+        return results
 
     def classify(self, rows):
         """A `Prediction`, or the UserError why there is none, for each (ServedModel, text)."""
         results = [None] * len(rows)
-        by_model = {}
-        for position, (model, _) in enumerate(rows):
-            by_model.setdefault(model, []).append(position)
-        for model, positions in by_model.items():
+        portion, keys = [], set()
+        for position in sorted(range(len(rows)), key=lambda i: rows[i][0].key or ""):
+            model = rows[position][0]
+            if model.key is not None and model.key not in keys:
+                if len(keys) == self.max_adapters:  # more than fit into memory at once
+                    self._classify(rows, portion, results)
+                    portion, keys = [], set()
+                try:
+                    self._require(model)
+                except UserError as error:
+                    results[position] = error
+                    continue
+                keys.add(model.key)
+            portion.append(position)
+        self._classify(rows, portion, results)
+        return results
+
+    def _classify(self, rows, portion, results):
+        by_task = {}
+        for position in portion:
+            by_task.setdefault(rows[position][0].task, []).append(position)
+        for task, positions in by_task.items():
+            asked = [(rows[i][0].key, rows[i][1]) for i in positions]
             try:
-                with self._asked(model) as classifier:
-                    answers = classifier.classify_batch([rows[i][1] for i in positions])
+                answers = self._score(task, asked)
             except UserError as error:
                 answers = [error] * len(positions)
-            for i, answer in zip(positions, answers, strict=True):
-                results[i] = answer
-        return results
+            for position, answer in zip(positions, answers, strict=True):
+                results[position] = answer
 
     def explain(self, model, text, k):
         """The `Explanation` of one text. Raises UserError."""
-        with self._asked(model) as classifier:
-            return classifier.explain(text, k)
+        self._require(model)
+        classifier = self._classifier(model.task)
+        (prediction,) = self._score(model.task, [(model.key, text)])
+        if prediction.error is not None:
+            raise UserError(prediction.error)
+        ((ids, _),) = classifier.encoder.encode([text.strip()])
+        prefix = self._prefix([model.key], classifier.encoder.prefix)
+        with self._asking([model.key]):
+            logits = self.engine.logits([ids], prefix=prefix)
+        return classifier.explanation(text, prediction, logits[0].log_softmax(-1), k)
 
     def check_itself(self):
         """Warm up, and compare answers that are known to agree. Raises UserError if they do not.
@@ -424,8 +547,9 @@ class SharedModel:
         Two texts of different length, alone and together: what padding and batching must not move.
         """
         texts = ["Good.", "It was neither good nor bad, and I would not go there again. " * 4]
-        together = self.classifier.classify_batch(texts)
-        alone = [self.classifier.classify(text) for text in texts]
+        task = self.classifier.task
+        together = self._score(task, [(None, text) for text in texts])
+        alone = [self._score(task, [(None, text)])[0] for text in texts]
         for one, other in zip(together, alone, strict=True):
             if one.error is not None:
                 raise UserError(f"the self-check failed: {one.error}")

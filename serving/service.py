@@ -34,13 +34,7 @@ class Service:
         self.queue = TokenQueue(settings.queue_tokens)
         self.metrics = Metrics(self.queue, lambda: len(self.loaded_adapters))
         self.front = ThreadPoolExecutor(1, thread_name_prefix="front")
-        self.worker = ModelWorker(
-            self._load,
-            self.queue,
-            model_settings.batch_tokens,
-            self.metrics.observe_batch,
-            on_failure,
-        )
+        self.worker = ModelWorker(self._load, self.queue, self.metrics.observe_batch, on_failure)
 
     @property
     def loaded_adapters(self):

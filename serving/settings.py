@@ -13,7 +13,6 @@ from settings import CACHE_DIR, FINE_TUNED_DIR, ROOT, UserError, setting
 
 ENVIRONMENT_PREFIX = "HOWSURE_"
 API_KEY_VARIABLE = "HOWSURE_API_KEY"
-BATCH_TOKENS = 2048  # of one forward pass: more gains a CPU nothing and makes others wait
 MOST_TEXTS = 256  # of one request
 MOST_TOP_TOKENS = 50
 MOST_SAMPLES = 1000
@@ -31,7 +30,7 @@ class ServingSettings:
         str(ROOT / "adapters"), "folder of further adapters: each folder in it is one, by its name"
     )
     max_adapters: int = setting(16, "adapters in memory; of more the least recently used leave it")
-    queue_tokens: int = setting(32768, "tokens that may wait; beyond that the answer is 503")
+    queue_tokens: int = setting(16384, "tokens that may wait; beyond that the answer is 503")
     deadline_sec: float = setting(30.0, "seconds after which a waiting request is given up")
     max_text_chars: int = setting(20_000, "longest text, in characters")
     max_body_bytes: int = setting(1_048_576, "largest request body")

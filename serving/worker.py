@@ -147,13 +147,13 @@ class TokenQueue:
 class ModelWorker:
     """The thread of the model.
 
-    load: called in the thread, gives the `serving.models.SharedModel`. batch_tokens: budget of one
-    go. observe(rows, tokens, seconds): called after each go. on_failure(error): called if the model
+    load: called in the thread, gives the `serving.models.SharedModel`, whose `go_tokens` bound what
+    is scored in one go. observe(rows, tokens, seconds): called after each go. on_failure(error): called if the model
     cannot be loaded; the worker has ended then.
     """
 
-    def __init__(self, load, queue, batch_tokens, observe, on_failure):
-        self.queue, self.batch_tokens, self.observe = queue, batch_tokens, observe
+    def __init__(self, load, queue, observe, on_failure):
+        self.queue, self.observe = queue, observe
         self.model, self.failure = None, None
         self._load, self._on_failure = load, on_failure
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -176,7 +176,7 @@ class ModelWorker:
             self.queue.close()
             self._on_failure(error)
             return
-        while batch := self.queue.take(self.batch_tokens):
+        while batch := self.queue.take(self.model.go_tokens):
             self._go(batch)
 
     def _go(self, batch):

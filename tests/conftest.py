@@ -19,7 +19,10 @@ ARCHITECTURES = {  # name: (config class, model class, what differs from the com
         {"head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8},
     ),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {}),
+    "granite": ("GraniteConfig", "GraniteForCausalLM", {"logits_scaling": 4.0}),
+    "lfm2": ("Lfm2Config", "Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention"]}),
 }
+HYBRID = {"lfm2"}  # remembers more of a prompt than keys and values, so prompts are not shared
 
 
 GLM_LIKE_TEMPLATE = (  # the answer begins after a line break that the generation prompt lacks

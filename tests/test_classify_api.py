@@ -19,7 +19,7 @@ from serving.application import create_app
 from serving.models import CALIBRATOR_FILE, adapter_identity
 from serving.problems import KINDS, PROBLEM_JSON, TYPE_PREFIX
 from serving.service import Service
-from serving.settings import BATCH_TOKENS, ServingSettings
+from serving.settings import ServingSettings
 from settings import SENTIMENT, Label, ModelSettings, Task
 from simulated_cache import simulate
 
@@ -47,7 +47,7 @@ class Served:
 
     def __init__(self, settings, classifier):
         self.settings, self.classifier = settings, classifier
-        self.service = Service(settings, ModelSettings(batch_tokens=BATCH_TOKENS), SENTIMENT)
+        self.service = Service(settings, ModelSettings(), SENTIMENT)
         self.client = TestClient(create_app(self.service), raise_server_exceptions=False)
 
     def ready(self):

@@ -22,6 +22,7 @@ LAYERS = {
     "dataset_loader": 1,
     "report": 1,
     "risk_control": 1,
+    "engine": 2,
     "logprobs_confidence": 2,
     "consistency_confidence": 2,
     "charts": 2,

@@ -3,13 +3,17 @@
 import copy
 import math
 import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
-from conftest import ARCHITECTURES
+from conftest import ARCHITECTURES, HYBRID
+from dataset_loader import load_splits
 from logprobs_confidence import (
     PromptEncoder,
     TransformerLogprobsClassifier,
@@ -20,7 +24,16 @@ from logprobs_confidence import (
     model_fingerprint,
     visible_token,
 )
-from settings import EMBEDDED_MODEL_DIR, SENTIMENT, Label, ModelSettings, Task, UserError
+from settings import (
+    EMBEDDED_MODEL_DIR,
+    ROOT,
+    SENTIMENT,
+    DataSettings,
+    Label,
+    ModelSettings,
+    Task,
+    UserError,
+)
 
 TEXTS = [
     "I loved it.",
@@ -46,9 +59,14 @@ def brute_force_logprobs(classifier, text):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_gives_the_same_answer_batched_and_alone(tiny_model_folder, name):
+def test_every_architecture_gives_the_same_answer_batched_and_alone(
+    tiny_model_folder, name, capsys
+):
     settings = ModelSettings(model=str(tiny_model_folder(name)), batch_tokens=256)
     classifier = TransformerLogprobsClassifier(settings)
+    assert classifier.engine.shares_prefix == (name not in HYBRID)
+    warnings = capsys.readouterr().err.splitlines()
+    assert [w for w in warnings if w.startswith("warning:")] == warnings[: name in HYBRID]
     batched = classifier.classify_batch(TEXTS)
     spread = {round(p.probability, 6) for p in batched}
     assert len(spread) > 1, "the texts make no difference to this model"
@@ -68,6 +86,181 @@ def test_embedded_model_batched_equals_one_at_a_time_in_input_order(classifier):
         assert abs(alone.probability - row.probability) < classifier.tolerance
         assert row.label_logprobs == pytest.approx(brute_force_logprobs(classifier, text), abs=1e-4)
         assert row.predicted == alone.predicted
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    """(300 held-out texts, their label probabilities (300, 2) from plain forward passes)."""
+    rows = load_splits(DataSettings(), SENTIMENT)
+    texts = [e.text for e in rows if e.split in ("calibration", "test")][::6][:300]
+    model = TransformerLogprobsClassifier()
+    return texts, torch.tensor([brute_force_logprobs(model, text) for text in texts]).exp()
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_shared_prompts_stay_close_to_plain_float32_passes(held_out, dtype, largest):
+    texts, expected = held_out
+    classifier = TransformerLogprobsClassifier(ModelSettings(dtype=dtype))
+    assert classifier.engine.shares_prefix
+    rows = classifier.classify_batch(texts)
+    got = torch.tensor([row.label_logprobs for row in rows]).exp()
+    assert float((got - expected).abs().max()) < largest
+
+
+def test_several_batches_at_a_time_give_what_one_gives(classifier):
+    texts = [f"{'very ' * (i % 23)}good, number {i}" for i in range(150)]
+    one = TransformerLogprobsClassifier(ModelSettings(batch_tokens=300))
+    one.engine.workers = 1
+    many = TransformerLogprobsClassifier(ModelSettings(batch_tokens=300))
+    many.engine.workers = 4
+    expected = [row.label_logprobs for row in one.classify_batch(texts)]
+    assert [row.label_logprobs for row in many.classify_batch(texts)] == expected
+
+
+def test_equal_texts_are_scored_once_and_each_gets_its_row(classifier, monkeypatch):
+    scored = []
+    run = classifier.engine.run
+    monkeypatch.setattr(
+        classifier.engine,
+        "run",
+        lambda rows, *rest, **more: scored.extend(rows) or run(rows, *rest, **more),
+    )
+    rows = classifier.classify_batch(["good", "bad", " good\n", "", "good"], ids=list("abcde"))
+    assert len(scored) == 2
+    assert [row.example_id for row in rows] == list("abcde")
+    assert rows[0].label_logprobs == rows[2].label_logprobs == rows[4].label_logprobs
+    assert rows[3].error is not None and rows[1].label_logprobs != rows[0].label_logprobs
+
+
+def test_a_text_that_changes_the_tokens_before_it_is_scored_without_them(classifier):
+    sibling = classifier.for_task(SENTIMENT)
+    ids, _ = sibling.encoder.encode([TEXTS[0]])[0]
+    sibling.encoder.prefix = ids[: sibling.encoder.prefix_length + 2]  # fits the first text alone
+    prefix = sibling._prefix()
+    assert [prefix.begins(ids) for ids, _ in sibling.encoder.encode(TEXTS)] == [True] + 5 * [False]
+    for row, plain in zip(sibling.classify_batch(TEXTS), TEXTS, strict=True):
+        assert row.label_logprobs == pytest.approx(
+            brute_force_logprobs(classifier, plain), abs=1e-4
+        )
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """The folder of an adapter of random weights, with dropout, that changes the answers."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL_DIR),
+        LoraConfig(
+            r=4, lora_dropout=0.3, target_modules=["q_proj", "v_proj"], init_lora_weights=False
+        ),
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_shared_prompt_is_never_one_of_other_weights(adapter):
+    tuned = TransformerLogprobsClassifier(adapter=adapter)
+    other = tuned.for_task(replace(SENTIMENT, question="Would you go again? Answer yes or no."))
+    assert tuned.engine.shares_prefix
+
+    def check():
+        seen = []
+        for c in (tuned, other):
+            row = c.classify(TEXTS[1])
+            expected = brute_force_logprobs(c, TEXTS[1])
+            assert row.label_logprobs == pytest.approx(expected, abs=1e-4)
+            seen.append(row.label_logprobs)
+        return seen
+
+    first = check()
+    with tuned.without_adapter():
+        base = check()
+    assert check() == first
+    optimizer = torch.optim.SGD(
+        [p for name, p in tuned.model.named_parameters() if "lora_" in name], lr=0.1
+    )
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    optimizer.step()
+    for before, between, after in zip(first, base, check(), strict=True):
+        assert abs(before[0] - between[0]) > 1e-3 and abs(before[0] - after[0]) > 1e-3
+
+
+def test_dropout_draws_by_its_seed_and_leaves_no_trace(adapter):
+    tuned = TransformerLogprobsClassifier(adapter=adapter)
+    texts = [*TEXTS, "One more."]
+
+    def draw(seed):
+        with tuned.dropout(seed):
+            return [row.label_logprobs for row in tuned.classify_batch(texts)]
+
+    before = [row.label_logprobs for row in tuned.classify_batch(texts)]
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = draw(1)
+    assert torch.equal(torch.rand(3), expected)
+    assert draw(1) == first
+    assert all(a != b for a, b in zip(draw(2), first, strict=True))
+    assert all(a != b for a, b in zip(first, before, strict=True))
+    assert [row.label_logprobs for row in tuned.classify_batch(texts)] == before
+    assert not any(module.training for module in tuned.model.modules())
+
+
+def test_dropout_needs_an_active_adapter_that_has_some(adapter, classifier):
+    tuned = TransformerLogprobsClassifier(adapter=adapter)
+    for c, block in ((classifier, nullcontext), (tuned, tuned.without_adapter)):
+        with block(), pytest.raises(UserError, match="--dropout above 0"), c.dropout(0):
+            pass
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+sys.path.insert(0, {root!r})
+from logprobs_confidence import TransformerLogprobsClassifier
+classifier = TransformerLogprobsClassifier()
+classifier.engine.budget = 20_000  # past the bound that the free memory sets
+texts = [f"{{'very ' * 20}}good, number {{i}}" for i in range(300)]
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 60_000_000, resource.RLIM_INFINITY))
+rows = classifier.classify_batch(texts)
+assert all(row.error is None for row in rows)
+print(classifier.engine.budget)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the address space")
+def test_a_batch_too_large_for_the_memory_is_halved():
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY.format(root=str(ROOT))],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) < 20_000
+
+
+def test_fastest_is_a_dtype_that_was_tried(classifier):
+    fastest = ModelSettings(dtype="fastest", device="cpu")
+    chosen = str(TransformerLogprobsClassifier(fastest).dtype).removeprefix("torch.")
+    assert chosen in ("float32", "bfloat16")
+    assert model_fingerprint(fastest) == model_fingerprint(replace(fastest, dtype=chosen))
+
+
+def test_attention_and_device_map_are_settings(classifier):
+    eager = TransformerLogprobsClassifier(ModelSettings(attention="eager", device_map="auto"))
+    assert eager.model.config._attn_implementation == "eager"
+    expected = classifier.classify(TEXTS[0]).probability
+    assert eager.classify(TEXTS[0]).probability == pytest.approx(expected, abs=1e-5)
+    for wrong in ({"attention": "fast"}, {"device_map": "everywhere"}):
+        with pytest.raises(UserError, match="must be one of"):
+            TransformerLogprobsClassifier(ModelSettings(**wrong))
 
 
 def test_label_ids_are_distinct_and_decode_to_the_answer_words(classifier):

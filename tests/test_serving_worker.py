@@ -18,6 +18,8 @@ def job(texts=("a",), tokens=None, deadline_sec=60.0, model="base", explain=None
 class EchoModel:
     """Answers a text with itself; records the batches. A text "bad" raises, "missing" cannot be."""
 
+    go_tokens = 100
+
     def __init__(self, gate=None):
         self.batches, self.gate = [], gate
 
@@ -34,8 +36,8 @@ class EchoModel:
         return (text, k)
 
 
-def running(model, queue, batch_tokens=100, observe=lambda *_: None):
-    worker = ModelWorker(lambda: model, queue, batch_tokens, observe, lambda error: None)
+def running(model, queue, observe=lambda *_: None):
+    worker = ModelWorker(lambda: model, queue, observe, lambda error: None)
     worker.start()
     return worker
 
@@ -146,7 +148,7 @@ def test_a_model_that_cannot_be_loaded_is_reported_and_ends_the_worker():
 
     failures = []
     queue = TokenQueue(100)
-    worker = ModelWorker(load, queue, 100, lambda *_: None, failures.append)
+    worker = ModelWorker(load, queue, lambda *_: None, failures.append)
     worker.start()
     worker.stop()
     assert [str(error) for error in failures] == ["no such model"]

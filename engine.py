@@ -1,0 +1,356 @@
+"""The engine under the classifier and the fine-tuning: what prompts share is computed once.
+
+The prompts of a task differ in their text only. The keys and values of the tokens before the text
+are computed once and put in front of every batch of the rest (`SharedPrefix`; with gradients in
+training), and only the positions that predict an answer reach the output head
+(`next_token_logits`). `Engine` runs the batches: longest rows first, a bounded number of tokens
+each, several at a time on a CPU, halved where memory runs out. Whether a model's cache can be
+shared is found out by comparing with its plain forward pass (`sharing_problem`).
+"""
+
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import psutil
+import torch
+from torch.nn.functional import linear
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from settings import UserError
+
+CPU_BATCH_TOKENS = 1024  # measured: 512 to 2,048 are equally fast, beyond them caches overflow
+GPU_BATCH_TOKENS = 16384
+MEMORY_SHARE = 0.25  # of the free memory, for the activations of all batches under way
+LARGE = 1e9  # parameters from which one batch keeps every core of a CPU busy
+MAX_WORKERS = 16  # Python itself is the limit beyond
+KEPT_PREFIXES = 8
+
+
+class PrefixLayer(CacheLayerMixin):
+    """Keys and values of one layer for the prefix, (1, heads, P, D); never written to.
+
+    `update` returns them in front of those of a batch and keeps nothing, so batches and threads
+    share one layer and memory holds one layer's copies at a time.
+    """
+
+    def __init__(self, layer):
+        super().__init__()
+        self.keys, self.values, self.is_initialized = layer.keys, layer.values, True
+        self.is_sliding, self._layer = layer.is_sliding, layer
+
+    def lazy_initialization(self, key_states, value_states):
+        raise AssertionError("a prefix layer is full from the start")
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        rows = len(key_states)
+        return (
+            torch.cat([self.keys.expand(rows, -1, -1, -1), key_states], dim=-2),
+            torch.cat([self.values.expand(rows, -1, -1, -1), value_states], dim=-2),
+        )
+
+    def get_mask_sizes(self, query_length):
+        return self._layer.get_mask_sizes(query_length)
+
+    def get_seq_length(self):
+        return self._layer.get_seq_length()
+
+    def get_max_length(self):
+        return self._layer.get_max_length()
+
+
+class SharedPrefix(Cache):
+    """The cache of the tokens `ids`, with which every row of a batch begins."""
+
+    def __init__(self, ids, layers):
+        super().__init__(layers=[PrefixLayer(layer) for layer in layers])
+        self.ids = list(ids)
+
+    def begins(self, sequence):
+        """Whether a sequence of token ids has this prefix and more."""
+        return len(sequence) > len(self.ids) and sequence[: len(self.ids)] == self.ids
+
+
+def shared_prefix(model, ids):
+    """`SharedPrefix` of token ids, with gradients where they are enabled.
+
+    None where the model remembers more of a prefix than keys and values (state-space layers).
+    """
+    output = model(
+        input_ids=torch.tensor([ids], device=model.device), logits_to_keep=1, use_cache=True
+    )
+    layers = getattr(getattr(output, "past_key_values", None), "layers", [])
+    if not layers or any(type(x) not in (DynamicLayer, DynamicSlidingWindowLayer) for x in layers):
+        return None
+    return SharedPrefix(ids, layers)
+
+
+def next_token_logits(model, sequences, positions=None, prefix=None):
+    """Logits of the token after each wanted position, (N, V) float32, row by row.
+
+    sequences: lists of token ids. positions: for every row those wanted, ascending; by default its
+    last one. prefix: a `SharedPrefix` with which every row begins. Rows are padded on the right:
+    attention is causal, so the padding changes nothing before it and needs no mask.
+    Raises UserError for a model without `logits_to_keep`.
+    """
+    if positions is None:
+        positions = [[len(ids) - 1] for ids in sequences]
+    skip = len(prefix.ids) if prefix is not None else 0
+    tails = [ids[skip:] for ids in sequences]
+    shape = len(tails), max(map(len, tails))  # (B, T)
+    batch, wanted = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+    for row, ids in enumerate(tails):
+        batch[row, : len(ids)] = torch.tensor(ids)
+        wanted[row, [p - skip for p in positions[row]]] = True
+    cache = {"use_cache": False} if prefix is None else {"past_key_values": prefix}
+    logits = model(
+        input_ids=batch.to(model.device), logits_to_keep=wanted.to(model.device), **cache
+    ).logits
+    if logits.shape[:-1] != (sum(map(len, positions)),):
+        raise UserError(
+            f"{type(model).__name__} ignores logits_to_keep, which this program needs; choose "
+            "another model"
+        )
+    return logits.float()
+
+
+class Float32Head(torch.nn.Linear):
+    """An output head that multiplies in float32 at inference, whatever its weights are stored in.
+
+    Logits of 20 rounded to bfloat16 are 0.06 apart, which moves a probability by up to 0.015.
+    """
+
+    def forward(self, hidden):
+        if torch.is_grad_enabled():
+            return super().forward(hidden)
+        hidden = hidden.to(self.weight.device).float()
+        parts = self.weight.split(16384)  # so that no float32 copy of the whole head is made
+        logits = torch.cat([linear(hidden, part.float()) for part in parts], dim=-1)
+        return logits if self.bias is None else logits + self.bias.float()
+
+
+def use_float32_head(model):
+    """Make the head of a model in half precision a `Float32Head`; its weights stay as they are."""
+    head = model.get_output_embeddings()
+    if type(head) is torch.nn.Linear and head.weight.dtype in (torch.bfloat16, torch.float16):
+        head.__class__ = Float32Head
+
+
+def sharing_problem(model, prompts, prefix_length, tolerance):
+    """Why this model cannot share a prefix, or None: compared with its plain forward pass.
+
+    prompts: lists of token ids of different lengths; all are given the first `prefix_length` tokens
+    of the shortest. tolerance: largest |Δ probability|; log-probabilities may differ by three times
+    this share of what they differ between prompts.
+    """
+    shortest = min(prompts, key=len)
+    start = shortest[: max(1, min(prefix_length, len(shortest) - 1))]
+    sequences = [start + ids[len(start) :] for ids in prompts]
+    try:
+        with torch.inference_mode():
+            prefix = shared_prefix(model, start)
+            if prefix is None:
+                return "it remembers more of a prompt than keys and values"
+            shared = next_token_logits(model, sequences, prefix=prefix).log_softmax(-1)
+            plain = [
+                model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
+                for ids in sequences
+            ]
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        if out_of_memory(error):
+            raise UserError(
+                "out of memory with a few prompts; use --quantization 4bit or a smaller model"
+            ) from error
+        return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:150]}"
+    plain = torch.stack([logits[0, -1].float() for logits in plain]).log_softmax(-1)
+    change = float((shared.exp() - plain.exp()).abs().max())
+    spread = float((plain - plain.roll(1, 0)).abs().max())
+    difference = float((shared - plain).abs().max())
+    if change <= tolerance and difference <= 3 * tolerance * spread + 1e-5:
+        return None
+    return (
+        f"a shared prefix changes a probability by {change:.1e} and a log-probability by "
+        f"{difference:.1e}"
+    )
+
+
+class Engine:
+    """One model and the batches that go through it; shared by all tasks of a classifier.
+
+    shares_prefix: whether prefixes are shared; off until `check` has found them exact.
+    workers: batches scored at the same time, each with `threads` threads of the CPU.
+    budget: tokens of a batch, padding included; a longer row is a batch of its own.
+    """
+
+    def __init__(self, model, batch_tokens=None):
+        self.model, self.shares_prefix, self._prefixes = model, False, {}
+        self.workers, self.threads = parallelism(model)
+        self.budget = token_budget(model, self.workers, batch_tokens)
+
+    def check(self, prompts, prefix_length, tolerance):
+        """Share prefixes from now on if that is exact. Returns why it is not, or None."""
+        problem = sharing_problem(self.model, prompts, prefix_length, tolerance)
+        self.shares_prefix = problem is None
+        return problem
+
+    def prefix(self, ids, adapter_active, keep=True):
+        """`SharedPrefix` of token ids with the present weights, or None.
+
+        Computed once for each state of the adapter and again when a weight was changed in place.
+        keep: false where two passes differ (dropout): it is computed for this call alone.
+        """
+        if not self.shares_prefix or not ids:
+            return None
+        key = (id(self.model), adapter_active, tuple(ids))
+        version = sum(p._version for p in self.model.parameters())
+        known_version, prefix = self._prefixes.get(key, (None, None))
+        if keep and known_version == version:
+            return prefix
+        with torch.inference_mode(), intra_op_threads(self.threads):
+            prefix = shared_prefix(self.model, ids)
+        if keep:
+            self._prefixes[key] = (version, prefix)
+            while len(self._prefixes) > KEPT_PREFIXES:
+                self._prefixes.pop(next(iter(self._prefixes)))
+        return prefix
+
+    def logits(self, sequences, positions=None, prefix=None):
+        """`next_token_logits` for inference; the prefix is left out where a row has another."""
+        if prefix is not None and not all(map(prefix.begins, sequences)):
+            prefix = None
+        with torch.inference_mode(), intra_op_threads(self.threads):
+            return next_token_logits(self.model, sequences, positions, prefix)
+
+    def run(self, sequences, prefix, score, parallel=True):
+        """Yield (row numbers, result, seconds) of batches that cover every row once.
+
+        score(sequences, prefix): the result of a batch, a list with one item a row. Rows that begin
+        otherwise than the prefix are scored without it, in batches of their own. A batch for which
+        memory does not suffice is halved, and so is the budget from then on.
+        """
+        share = [prefix is not None and prefix.begins(ids) for ids in sequences]
+        work = partial(self._score, sequences, score)
+        batches = []
+        for shared in (prefix, None) if prefix is not None else (None,):
+            skip = len(shared.ids) if shared is not None else 0
+            rows = [i for i, shares in enumerate(share) if shares == (shared is not None)]
+            lengths = [len(sequences[i]) - skip for i in rows]
+            for batch in self._batches(lengths, parallel):
+                batches.append((shared, [rows[i] for i in batch]))
+        workers = min(self.workers if parallel else 1, len(batches))
+        if workers < 2:
+            for batch in batches:
+                yield from work(batch)
+            return
+        with ThreadPoolExecutor(workers) as pool:
+            for done in pool.map(work, batches):
+                yield from done
+
+    def _batches(self, lengths, parallel):
+        """Row numbers, longest first, in batches within the budget; enough for every worker."""
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        workers = self.workers if parallel else 1
+        budget = min(self.budget, max(256, math.ceil(sum(lengths) / workers)))
+        start = 0
+        while start < len(order):
+            size = max(1, budget // lengths[order[start]])
+            yield order[start : start + size]
+            start += size
+
+    def _score(self, sequences, score, batch):
+        prefix, rows = batch
+        started = time.perf_counter()
+        try:
+            with torch.inference_mode(), intra_op_threads(self.threads):
+                result = score([sequences[i] for i in rows], prefix)
+            return [(rows, result, time.perf_counter() - started)]
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            if len(rows) == 1:
+                raise UserError(
+                    f"out of memory with a prompt of {len(sequences[rows[0]])} tokens; lower "
+                    "--max-tokens or use --quantization 4bit"
+                ) from error
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.budget = max(1, self.budget // 2)
+        half = len(rows) // 2
+        parts = ((prefix, rows[:half]), (prefix, rows[half:]))
+        return [done for part in parts for done in self._score(sequences, score, part)]
+
+
+def out_of_memory(error):
+    """Whether an exception says that memory ran out; a CPU has no exception of its own for it."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def intra_op_threads(number):
+    """Inside the block PyTorch computes with so many threads in this thread of Python."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def parallelism(model):
+    """(batches at a time, CPU threads of each).
+
+    A model that is not large computes fastest with one thread a batch: its matrices are too small
+    to be divided, and threads that wait for each other suffer most where others use the machine.
+    """
+    cores = torch.get_num_threads()
+    if model.device.type != "cpu" or model.num_parameters() >= LARGE:
+        return 1, cores
+    workers = min(cores, MAX_WORKERS)
+    return workers, max(1, cores // workers)
+
+
+def token_budget(model, workers, batch_tokens=None):
+    """Tokens of a batch: what was asked for or is fast, at most what fits into memory."""
+    device = model.device.type
+    budget = batch_tokens or (CPU_BATCH_TOKENS if device == "cpu" else GPU_BATCH_TOKENS)
+    config = model.config.get_text_config()
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    # Float32 activations of one layer: a dozen of the hidden size, four of the inner one, and
+    # attention weights over 1,024 positions.
+    heads = getattr(config, "num_attention_heads", 1)
+    wide = 12 * config.hidden_size + 4 * inner + 1024 * heads
+    return max(1, min(budget, int(MEMORY_SHARE * free_memory(device) / (4 * wide * workers))))
+
+
+def free_memory(device):
+    """Bytes that are free; infinite where nobody says."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    if device != "cpu":
+        return math.inf
+    free = psutil.virtual_memory().available
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int(limit.with_name("memory.current").read_text()))
+    return max(free, 0)
+
+
+def seconds_per_batch(model):
+    """CPU seconds of one thread for 512 tokens: the best of three."""
+    ids = (torch.arange(512) % model.config.get_text_config().vocab_size).view(16, 32)
+    best = math.inf
+    with torch.inference_mode(), intra_op_threads(1):
+        for _ in range(4):
+            started = time.thread_time()
+            model(input_ids=ids, logits_to_keep=1, use_cache=False)
+            best = min(best, time.thread_time() - started)
+    return best
