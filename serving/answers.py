@@ -417,10 +417,13 @@ def by_promise(model, prediction, promise):
     }
 
 
-def info_on(model, loaded):
-    """The `ModelInfo` of a `ServedModel` or `BrokenModel`; loaded: keys of adapters in memory."""
+def info_on(model, shared):
+    """The `ModelInfo` of a `ServedModel` or `BrokenModel`; shared: the `SharedModel`."""
     if isinstance(model, BrokenModel):
         return ModelInfo(name=model.name, status="broken", reason=model.reason)
+    status = "in memory" if model.key is None or model.key in shared.loaded else "on disk"
+    if model.key in shared.failed:
+        status = "broken"
     calibrator, promises, reason = None, {}, model.decisions_reason
     if model.calibrator is not None:
         calibrator = CalibratorInfo(
@@ -434,8 +437,8 @@ def info_on(model, loaded):
         promises = {str(row["promise"]): row["certified"]["threshold"] for row in rows}
     return ModelInfo(
         name=model.name,
-        status="in memory" if model.key is None or model.key in loaded else "on disk",
-        reason=None,
+        status=status,
+        reason=shared.failed.get(model.key),
         task=model.task.name,
         question=model.task.question,
         labels=list(model.task.label_names),

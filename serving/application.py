@@ -191,7 +191,7 @@ def create_app(service, key=None):
             base=service.model_settings.model,
             dtype=service.catalogue.base_identity["dtype"],
             device=service.worker.model.classifier.device,
-            models=[info_on(model, service.loaded_adapters) for model in found],
+            models=[info_on(model, service.worker.model) for model in found],
         )
 
     @app.get(

@@ -349,6 +349,7 @@ class SharedModel:
             classifier.engine,
             max_adapters,
         )
+        self.failed = {}  # key of an adapter that cannot be loaded: why
         self._loaded = OrderedDict()  # key of an adapter: its task; the least recently used first
         self._classifiers = {classifier.task: classifier}
         self._prefixes = {}  # (key of an adapter or None, shared token ids): `SharedPrefix`
@@ -371,6 +372,8 @@ class SharedModel:
         """Have the adapter of this model in memory. Raises UserError if that cannot be."""
         if model.key is None:
             return
+        if model.key in self.failed:
+            raise UserError(self.failed[model.key])
         if model.key not in self._loaded:
             while len(self._loaded) >= self.max_adapters:
                 self._drop(next(iter(self._loaded)))
@@ -401,9 +404,11 @@ class SharedModel:
             (probe,) = self._score(model.task, [(model.key, "Good.")])
             if probe.error is not None:
                 raise UserError(probe.error)
+        except UserError:
+            self._drop(model.key)
+            raise
         except (
             safetensors.SafetensorError,
-            UserError,
             ValueError,
             KeyError,
             RuntimeError,
@@ -412,9 +417,9 @@ class SharedModel:
         ) as error:
             self._drop(model.key)
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise UserError(
-                f"the adapter does not fit the base model or is damaged ({reason}); {RETRAIN}"
-            ) from error
+            problem = f"its weights do not fit the base model or are damaged ({reason}); {RETRAIN}"
+            self.failed[model.key] = problem  # other files have another key
+            raise UserError(problem) from error
 
     def _tell_layers(self):
         from peft.tuners.lora.layer import LoraLayer

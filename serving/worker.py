@@ -148,8 +148,8 @@ class ModelWorker:
     """The thread of the model.
 
     load: called in the thread, gives the `serving.models.SharedModel`, whose `go_tokens` bound what
-    is scored in one go. observe(rows, tokens, seconds): called after each go. on_failure(error): called if the model
-    cannot be loaded; the worker has ended then.
+    is scored in one go. observe(rows, tokens, seconds): called after each go. on_failure(error):
+    called if the model cannot be loaded; the worker has ended then.
     """
 
     def __init__(self, load, queue, observe, on_failure):

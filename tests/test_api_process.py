@@ -32,7 +32,8 @@ CHROMIUM = [
 def server(tmp_path_factory):
     empty = tmp_path_factory.mktemp("nothing")
     with ServerProcess(
-        *("--fine-tuned-dir", empty / "none", "--adapters-dir", empty, "--body-timeout-sec", 2)
+        *("--fine-tuned-dir", empty / "none", "--adapters-dir", empty),
+        *("--body-timeout-sec", 2, "--deadline-sec", 300),
     ) as server:
         yield server.wait_until_ready()
 

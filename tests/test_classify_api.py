@@ -60,6 +60,11 @@ class Served:
     def post(self, path, **body):
         return self.client.post(path, json=body)
 
+    def answer(self, path="/classify", **body):
+        response = self.post(path, **body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
     def offline(self, name, texts):
         """What `classify_batch` says without a server."""
         adapter, task = None, SENTIMENT
@@ -93,6 +98,7 @@ def served(folder, classifier):
         fine_tuned_dir=str(folder / "fine_tuned_sentiment_model"),
         adapters_dir=str(folder / "adapters"),
         max_adapters=2,
+        deadline_sec=300.0,  # tests share the machine with others
         body_timeout_sec=3.0,
     )
     served = Served(settings, classifier)
@@ -117,8 +123,8 @@ def assert_problem(response, kind):
 @pytest.mark.parametrize("model", ["base", "finetuned", "first", "second", "wide"])
 def test_an_answer_equals_that_of_classify_batch_alone_and_in_a_batch(served, model):
     expected = served.offline(model, TEXTS)
-    together = served.post("/classify/batch", texts=TEXTS, model=model).json()
-    alone = [served.post("/classify", text=text, model=model).json() for text in TEXTS]
+    together = served.answer("/classify/batch", texts=TEXTS, model=model)
+    alone = [served.answer(text=text, model=model) for text in TEXTS]
     assert together["failed"] == 0
     listed = served.client.get("/models").json()["models"]
     names = next(m for m in listed if m["name"] == model)["labels"]
@@ -135,7 +141,7 @@ def test_an_answer_equals_that_of_classify_batch_alone_and_in_a_batch(served, mo
 
 def test_models_really_differ(served):
     answers = [
-        served.post("/classify", text=TEXT, model=model).json()["raw_probability"]
+        served.answer(text=TEXT, model=model)["raw_probability"]
         for model in ("base", "finetuned", "first", "wide")
     ]
     assert len({round(p, 4) for p in answers}) == 4
@@ -144,7 +150,7 @@ def test_models_really_differ(served):
 def test_answers_hold_the_calibrated_probability_of_exactly_this_model(served):
     calibrated = read_json(served.settings.cache_dir + "/calibrated_results.json", "")
     for name in ("base", "finetuned"):
-        answer = served.post("/classify", text=TEXT, model=name).json()
+        answer = served.answer(text=TEXT, model=name)
         entry = calibrated["models"][name]
         chosen = entry["selection"]["chosen"]
         assert answer["calibrator"] == chosen
@@ -161,7 +167,7 @@ def test_answers_hold_the_calibrated_probability_of_exactly_this_model(served):
 
 
 def test_without_a_calibrator_the_answer_says_so_and_why(served):
-    answer = served.post("/classify", text=TEXT, model="first").json()
+    answer = served.answer(text=TEXT, model="first")
     assert answer["calibrator"] is answer["calibrator_fingerprint"] is None
     assert answer["calibrated_probability"] is None
     assert "no calibrator of exactly this model" in answer["calibrator_reason"]
@@ -170,7 +176,7 @@ def test_without_a_calibrator_the_answer_says_so_and_why(served):
 
 def test_get_and_post_and_the_older_name_agree(served):
     got = served.client.get("/classify", params={"text": TEXT, "model_type": "finetuned"}).json()
-    posted = served.post("/classify", text=TEXT, model="finetuned").json()
+    posted = served.answer(text=TEXT, model="finetuned")
     assert got.pop("latency_sec") > 0 and posted.pop("latency_sec") > 0
     assert got == posted
 
@@ -186,15 +192,15 @@ def test_a_bad_row_of_a_batch_is_reported_in_its_place(served):
     assert response.status_code == 200 and body["failed"] == 7
     assert ["error" in answer for answer in body["answers"]] == [False, *[True] * 7, False]
     assert "20001 characters" in body["answers"][7]["error"]
-    alone = served.post("/classify", text="also good").json()
+    alone = served.answer(text="also good")
     assert body["answers"][8]["raw_probability"] == pytest.approx(
         alone["raw_probability"], abs=1e-4
     )
 
 
 def test_an_explanation_adds_up(served):
-    body = served.post("/explain", text=TEXT, top_k=5, samples=50, seed=3).json()
-    again = served.post("/explain", text=TEXT, top_k=5, samples=50, seed=3).json()
+    body = served.answer("/explain", text=TEXT, top_k=5, samples=50, seed=3)
+    again = served.answer("/explain", text=TEXT, top_k=5, samples=50, seed=3)
     assert body["consistency"] == again["consistency"]
     assert [token["rank"] for token in body["top"]] == [1, 2, 3, 4, 5]
     for name, tokens in body["words"].items():
@@ -204,7 +210,7 @@ def test_an_explanation_adds_up(served):
     counts = body["consistency"]["counts"]
     assert sum(counts.values()) + body["consistency"]["other"] == 50
     assert TEXT in body["prompt"]
-    alone = served.post("/classify", text=TEXT).json()
+    alone = served.answer(text=TEXT)
     assert body["answer"]["raw_probability"] == pytest.approx(alone["raw_probability"], abs=1e-4)
 
 
@@ -214,12 +220,12 @@ def test_control_tokens_in_a_text_stay_text(served):
     ((ids, _),) = encoder.encode([injected])
     assert ids.count(served.classifier.tokenizer.convert_tokens_to_ids("<|eot_id|>")) == 1
     assert served.post("/classify", text=injected).status_code == 200
-    assert injected in served.post("/explain", text=injected).json()["prompt"]
+    assert injected in served.answer("/explain", text=injected)["prompt"]
 
 
 def test_a_decision_by_zone_rests_on_the_test_rows_of_its_zone(served):
     for text in TEXTS[:5]:
-        body = served.post("/decide", text=text, model="finetuned").json()
+        body = served.answer("/decide", text=text, model="finetuned")
         low, name, action = next(z for z in ZONES if body["confidence"] >= z[0])
         assert (body["decision"], body["zone"], body["threshold"]) == (action, name, low)
         assert body["confidence"] == max(
@@ -246,7 +252,7 @@ def test_a_decision_by_promise_compares_with_the_certified_threshold(served):
 
 def test_without_an_evaluation_nothing_is_automated(served):
     for fields in ({}, {"promise": 0.9}):
-        body = served.post("/decide", text=TEXTS[1], model="first", **fields).json()
+        body = served.answer("/decide", text=TEXTS[1], model="first", **fields)
         assert body["decision"] == "manual"
         assert "no zone holds" in body["why"] or "no threshold is certified" in body["why"]
 
@@ -424,7 +430,7 @@ def test_answers_of_many_models_at_once_are_each_model_s_own(served):
     expected = {
         name: [
             a["raw_probability"]
-            for a in served.post("/classify/batch", texts=TEXTS, model=name).json()["answers"]
+            for a in served.answer("/classify/batch", texts=TEXTS, model=name)["answers"]
         ]
         for name in models
     }
@@ -452,15 +458,15 @@ def test_adapters_come_go_break_and_are_replaced_without_a_restart(served, folde
     assert status("new") is None
     assert_problem(served.post("/classify", text=TEXT, model="new"), "unknown-model")
     shutil.copytree(adapters / "first", adapters / "new")
-    first = served.post("/classify", text=TEXT, model="first").json()
-    new = served.post("/classify", text=TEXT, model="new").json()
+    first = served.answer(text=TEXT, model="first")
+    new = served.answer(text=TEXT, model="new")
     assert new["raw_probability"] == pytest.approx(first["raw_probability"], abs=1e-5)
 
     shutil.copy(adapters / "wide" / "adapter_config.json", adapters / "new")
     shutil.copy(adapters / "wide" / "adapter_model.safetensors", adapters / "new")
     assert status("new")["adapter"] != new["adapter"]
-    replaced = served.post("/classify", text=TEXT, model="new").json()
-    wide = served.post("/classify", text=TEXT, model="wide").json()
+    replaced = served.answer(text=TEXT, model="new")
+    wide = served.answer(text=TEXT, model="wide")
     assert replaced["raw_probability"] == pytest.approx(wide["raw_probability"], abs=1e-5)
 
     weights = adapters / "new" / "adapter_model.safetensors"
@@ -468,6 +474,7 @@ def test_adapters_come_go_break_and_are_replaced_without_a_restart(served, folde
     status("new")
     body = assert_problem(served.post("/classify", text=TEXT, model="new"), "model-unavailable")
     assert "damaged" in body["detail"]
+    assert status("new")["status"] == "broken" and status("first")["status"] != "broken"
     assert served.post("/classify", text=TEXT, model="first").status_code == 200
 
     (adapters / "new" / "task.json").unlink()
@@ -493,7 +500,7 @@ def test_an_adapter_has_its_own_calibrator_and_no_other(served, folder, classifi
 
     def answer():
         served.service.catalogue._looked = -math.inf
-        return served.post("/classify", text=TEXT, model="first").json()
+        return served.answer(text=TEXT, model="first")
 
     try:
         save_calibrator(adapter / CALIBRATOR_FILE, calibrator, own)
