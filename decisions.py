@@ -18,6 +18,7 @@ import numpy as np
 from scipy.stats import binom
 
 from calibration import (
+    Calibrator,
     calibrated_probabilities,
     cross_fitted_probabilities,
     fit_calibrator,
@@ -119,6 +120,7 @@ class ScoredAnswers:
 
     selection: the table of `select_calibrator` on the fitting rows; n_fitting: how many these are.
     certifying: the other calibration rows, which set the thresholds; test: the test rows.
+    fitted: the calibrator itself; a threshold holds for the confidences that it gives alone.
     """
 
     calibrator: str
@@ -126,6 +128,7 @@ class ScoredAnswers:
     n_fitting: int
     certifying: Answers
     test: Answers
+    fitted: Calibrator
 
 
 def enough_groups(calibration):
@@ -167,6 +170,7 @@ def score_answers(calibration, test, seed=0):
         n_fitting=len(fitting["label"]),
         certifying=calibrated_answers(calibrator, certifying),
         test=calibrated_answers(calibrator, test),
+        fitted=calibrator,
     )
 
 

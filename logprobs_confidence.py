@@ -335,6 +335,8 @@ def quiet_libraries():
     # An adapter on a tied embedding matters to whoever merges it; it is never merged here.
     warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # The server says for every row which adapter it asks; the active one is of no interest.
+    warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted", UserWarning)
 
 
 def torch_device(device):
@@ -672,7 +674,7 @@ class TransformerLogprobsClassifier:
         prefix, dropout = self._prefix(), self._switch["dropout"]
 
         def score(sequences, shared):
-            return self._label_logprobs(sequences, temperature, shared)
+            return self.label_logprobs(sequences, temperature, shared)
 
         with tqdm(total=len(queue), unit="text", disable=not progress, file=sys.stderr) as bar:
             for start in range(0, len(queue), CHUNK):
@@ -687,7 +689,7 @@ class TransformerLogprobsClassifier:
                     for row, logprobs in zip(batch, scored, strict=True):
                         text, _, truncated = rows[row]
                         for i in places[text]:
-                            results[i] = self._prediction(
+                            results[i] = self.prediction(
                                 ids[i], logprobs, truncated, seconds / len(batch)
                             )
                     bar.update(len(batch))
@@ -697,7 +699,8 @@ class TransformerLogprobsClassifier:
     def _error(self, example_id, message):
         return Prediction(example_id=example_id, method=TOKEN_PROBABILITY, error=message)
 
-    def _prediction(self, example_id, logprobs, truncated, seconds):
+    def prediction(self, example_id, logprobs, truncated, seconds):
+        """The `Prediction` that follows from a text's `label_logprobs`."""
         if not all(math.isfinite(v) for v in logprobs):
             return self._error(
                 example_id, f"the model gave a label the log-probability {min(logprobs)}"
@@ -720,8 +723,11 @@ class TransformerLogprobsClassifier:
                     errors.append((text, str(error)))
             return rows, errors
 
-    def _label_logprobs(self, sequences, temperature, prefix):
-        """[(K,) list of log-probabilities in nats] for prompts given as token ids."""
+    def label_logprobs(self, sequences, temperature=1.0, prefix=None):
+        """[(K,) list of log-probabilities in nats] for prompts given as token ids.
+
+        prefix: a `SharedPrefix` with which every prompt begins.
+        """
         import torch
 
         if self.encoder.label_ids is not None:
@@ -745,9 +751,13 @@ class TransformerLogprobsClassifier:
     def explain(self, text, k=8):
         """`Explanation` of one text: prediction, top-k tokens and each label's words."""
         orders = tuple(order.classify(text) for order in self.orders)
-        prompt = text.strip()
-        ids, _ = self.encoder.encode([prompt])[0]
+        ids, _ = self.encoder.encode([text.strip()])[0]
         logprobs = self.engine.logits([ids], prefix=self._prefix())[0].log_softmax(-1)
+        return self.explanation(text, orders, logprobs, k)
+
+    def explanation(self, text, orders, logprobs, k=8):
+        """The `Explanation` that follows from a text's prediction in every order of the options
+        and from the log-probabilities (V,), nats, of the token after its (first) prompt."""
         order = logprobs.argsort(descending=True)
         rank = {int(token): i + 1 for i, token in enumerate(order.tolist())}
 
@@ -764,8 +774,8 @@ class TransformerLogprobsClassifier:
                 tokens = tuple(dict.fromkeys(word[0] for word in self.encoder.label_words[i]))
             words[label.name] = tuple(sorted(map(row, tokens), key=lambda t: t.rank))
         top = tuple(row(token) for token in order[:k].tolist())
-        answer = mean_prediction(self.task, orders)
-        return Explanation(self.encoder.prompt(prompt), orders[0], top, words, orders, answer)
+        prompt, answer = self.encoder.prompt(text.strip()), mean_prediction(self.task, orders)
+        return Explanation(prompt, orders[0], top, words, orders, answer)
 
     def raw_prompt_ids(self, prompt):
         """Token ids of `prompt` as it stands; one beyond the context loses its beginning.

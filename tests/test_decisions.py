@@ -36,7 +36,7 @@ def perfectly_calibrated(n, rng, group=None):
 
 
 def scored(certifying, test):
-    return ScoredAnswers("platt", {}, 100, certifying, test)
+    return ScoredAnswers("platt", {}, 100, certifying, test, fitted=None)
 
 
 # Zones.

@@ -32,6 +32,7 @@ LAYERS = {
     "prompted_confidence": 2,
     "charts": 2,
     "run_all_tasks": ENTRY_POINTS,
+    "serving": 2,  # a folder: each of its files is of this layer
     "run_complete_pipeline": ENTRY_POINTS,
     "fine_tune_model": ENTRY_POINTS,
     "generate_evaluation_cache": ENTRY_POINTS,
@@ -40,6 +41,7 @@ LAYERS = {
     "calibration_demo": ENTRY_POINTS,
     "classify_cli": ENTRY_POINTS,
     "combined_confidence": ENTRY_POINTS,
+    "classify_api": ENTRY_POINTS,
     "compare_base_vs_finetuned": ENTRY_POINTS,
     "logprob_demo_cli": ENTRY_POINTS,
     "sample_size_thresholds": ENTRY_POINTS,
@@ -53,8 +55,15 @@ HEAVY = {"torch", "transformers", "peft", "matplotlib"}  # --help must not wait 
 HELP_CPU_SEC = 1.0
 HELP_WALL_SEC = 2.0  # twice that: the machine may be busy with other things
 
-FILES = sorted(ROOT.glob("*.py"))
+FOLDERS = ("serving",)
+FILES = sorted([*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).glob("*.py"))])
 SCRIPTS = [path for path in FILES if "ArgumentParser(" in path.read_text(encoding="utf-8")]
+
+
+def layer_name(path):
+    """The name of a file in LAYERS: its own, or that of its folder."""
+    return path.stem if path.parent == ROOT else path.parent.name
+
 
 # Runs a script as __main__; the last line of stderr names the libraries it had imported at the end.
 PROBE = """
@@ -111,19 +120,19 @@ def wrong_libraries(name, source):
 
 
 def test_every_root_file_is_in_a_layer():
-    assert [path.name for path in FILES if path.stem not in LAYERS] == []
+    assert [path.name for path in FILES if layer_name(path) not in LAYERS] == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_imports_go_down_and_never_into_an_entry_point(path):
-    if path.stem in LAYERS:
-        assert wrong_arrows(path.stem, path.read_text(encoding="utf-8")) == []
+    if layer_name(path) in LAYERS:
+        assert wrong_arrows(layer_name(path), path.read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_libraries_stay_in_their_layer(path):
-    if path.stem in LAYERS:
-        assert wrong_libraries(path.stem, path.read_text(encoding="utf-8")) == []
+    if layer_name(path) in LAYERS:
+        assert wrong_libraries(layer_name(path), path.read_text(encoding="utf-8")) == []
 
 
 def test_the_checks_see_imports_inside_functions_and_in_every_form():
@@ -157,7 +166,8 @@ def run():
 
 
 def test_every_entry_point_has_a_command_line():
-    assert [p.name for p in FILES if LAYERS.get(p.stem) == ENTRY_POINTS and p not in SCRIPTS] == []
+    scripts = [p for p in FILES if LAYERS.get(layer_name(p)) == ENTRY_POINTS]
+    assert [p.name for p in scripts if p not in SCRIPTS] == []
 
 
 def run(path, *arguments):
