@@ -151,21 +151,35 @@ def titles(names):
 
 
 def notes_text(table):
-    lines = [
-        f"{title_of(name)}: the words it reads hold {mass(row['label_mass'])} of the probability "
-        "on average; the model mostly says something else, and their ratio says little."
+    mumbled = [
+        name
         for name, row in table["methods"].items()
         if row["label_mass"] is not None and row["label_mass"] < LOW_MASS
     ]
-    lines += [
-        f"Left out: {title_of(name)}, {reason}." for name, reason in table["left_out"].items()
+    by_mass = grouped({name: mass(table["methods"][name]["label_mass"]) for name in mumbled})
+    lines = [
+        f"{titles(names)}: the words that are read hold {share} of the probability on average; the "
+        "model mostly says something else, and their ratio says little."
+        for share, names in by_mass.items()
     ]
     lines += [
-        f"No part of the blend: {title_of(name)}, {reason}."
-        for name, reason in table["combined"]["left_out"].items()
-        if name not in table["left_out"]
+        f"Left out: {titles(names)}: {reason}."
+        for reason, names in grouped(table["left_out"]).items()
+    ]
+    unblended = {n: r for n, r in table["combined"]["left_out"].items() if n in table["methods"]}
+    lines += [
+        f"No part of the blend: {titles(names)}: {reason}."
+        for reason, names in grouped(unblended).items()
     ]
     return "\n".join(map(prose, lines))
+
+
+def grouped(texts):
+    """{text: [name]} of {name: text}."""
+    groups = {}
+    for name, text in texts.items():
+        groups.setdefault(text, []).append(name)
+    return groups
 
 
 def model_text(name, table):
@@ -193,9 +207,10 @@ def report_signals(settings):
     if not settings.no_images:
         import charts
 
-        charts.draw_some(
-            charts.named(IMAGES), charts.load_evaluation(settings.cache_dir), settings.images_dir
-        )
+        evaluation = charts.load_evaluation(settings.cache_dir)
+        possible, _ = charts.drawable(evaluation)
+        chosen = [chart for chart in charts.named(IMAGES) if chart in possible]
+        charts.draw_some(chosen, evaluation, settings.images_dir)
 
 
 def main(arguments=None):

@@ -5,13 +5,15 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from combined_confidence import IMAGES, main, model_text
+from records import CONSISTENCY, Prediction, load_results, write_json
 from settings import ROOT
-from signal_comparison import TITLES
+from signal_comparison import TITLES, judge_signals
 from simulated_cache import simulated_cache
 
 
@@ -60,17 +62,44 @@ def test_the_text_names_who_wins_and_what_was_left_out():
     cache = simulated_cache("two")
     entry = json.loads((cache / "calibrated_results.json").read_text(encoding="utf-8"))
     table = entry["models"]["base"]["signals"]
-    text = model_text("base", table)
-    assert "Left out: Monte-Carlo dropout, the base model has no LoRA layers" in text
-    assert "No part of the blend: verbalised confidence, scored" in text
+    text = " ".join(model_text("base", table).split())
+    assert (
+        "Left out: Monte-Carlo dropout, entropy under dropout, mutual information: the base" in text
+    )
+    assert "No part of the blend: verbalised confidence: scored" in text
     assert "The blend starts from P(True), the best part alone" in text
     table["methods"]["p_true"]["label_mass"] = 4e-7
     table["combined"]["selection"]["penalty"] = None
     table["methods"]["margin"]["metrics"]["auroc"] |= {"estimate": None, "low": None, "high": None}
     text = model_text("base", table)
-    assert "P(True): the words it reads hold less than 0.1 %" in text
+    assert "P(True): the words that are read hold less than 0.1 %" in text
     assert "The blend is P(True) alone" in text
     assert "–" in next(line for line in text.splitlines() if line.startswith("margin"))
+
+
+def test_samples_that_were_never_an_answer_draw_no_agreement(tmp_path, capsys):
+    """A model that says nothing the task asks for: the rest is compared all the same."""
+    cache = tmp_path / "cache"
+    shutil.copytree(simulated_cache("alone"), cache)
+    results = load_results(cache / "base_model_results.json")
+    failed = [
+        Prediction(p.example_id, CONSISTENCY, error="none of 20 samples was an answer", passes=0.0)
+        if p.method == CONSISTENCY
+        else p
+        for p in results.predictions
+    ]
+    failed = [replace(p, latency_sec=p.latency_sec or 1e-5) for p in failed]
+    results = replace(results, predictions=tuple(failed))
+    write_json(cache / "base_model_results.json", results.to_json())
+    path = cache / "calibrated_results.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["models"]["base"]["signals"] = judge_signals(results, n_resamples=20)
+    write_json(path, data)
+    assert main(["--cache-dir", str(cache), "--images-dir", str(tmp_path / "images")]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Left out: consistency of samples, entropy over samples: scored 0 of 60" in out
+    drawn = sorted(p.name for p in (tmp_path / "images").rglob("*.png"))
+    assert drawn == ["signal_quality.png"]
 
 
 def test_a_model_that_was_not_evaluated_and_a_missing_cache_are_one_clear_line(tmp_path, capsys):
