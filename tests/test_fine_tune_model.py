@@ -28,8 +28,9 @@ from fine_tune_model import (
     learning_rate_at,
     training_dtype,
 )
+from generate_evaluation_cache import check_adapter
 from logprobs_confidence import PromptEncoder, TransformerLogprobsClassifier
-from records import Example, load_held_out
+from records import Example, load_held_out, write_json
 from settings import (
     ROOT,
     SENTIMENT,
@@ -388,6 +389,22 @@ def test_a_lettered_row_is_asked_in_an_order_drawn_anew_every_epoch(classifier):
     assert 60 < same < 140  # a quarter by chance
     other = AnswerBatches(lettered.encoders, rows, batch_size=16, seed=6)
     assert other.epoch(0) != batches.epoch(0)
+
+
+def test_other_wordings_need_no_new_training_and_any_other_change_does(tmp_path):
+    task = replace(TASK, wordings=("An animal? Answer yes or no.",))
+    changed = replace(TASK, question=task.wordings[0])
+    adapter = tmp_path / "adapter"
+    write_json(adapter / "manifest.json", {"base_fingerprint": "base"})
+    write_json(adapter / "task.json", TASK.to_json())
+    prints = [
+        fine_tune_model.training_fingerprint("data", t, "model", TrainingSettings())
+        for t in (TASK, task, changed)
+    ]
+    assert prints[0] == prints[1] != prints[2]
+    check_adapter(adapter, task, MODEL, "base")
+    with pytest.raises(UserError, match="trained for the question"):
+        check_adapter(adapter, changed, MODEL, "base")
 
 
 def test_the_loss_of_rows_in_several_orders_is_the_mean_of_each_alone(classifier):

@@ -31,6 +31,7 @@ from settings import (
     UserError,
     add_arguments,
     case_variants,
+    changed_flags,
     fingerprint,
     first_type,
     from_arguments,
@@ -359,6 +360,16 @@ def test_every_field_has_a_flag_of_its_type(cls):
     wanted = cls(**{f.name: values[first_type(f.type)] for f in fields(cls)})
     arguments = [f"--{f.name.replace('_', '-')}={getattr(wanted, f.name)}" for f in fields(cls)]
     assert parsed(cls, *arguments) == wanted != cls()
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=settings_table)
+def test_changed_flags_name_what_differs_and_give_the_settings_back(cls):
+    assert changed_flags(cls()) == []
+    first = fields(cls)[0]
+    value = {int: 7, float: 0.125, str: "some=thing, else"}[first_type(first.type)]
+    one = replace(cls(), **{first.name: value})
+    assert changed_flags(one) == [f"--{first.name.replace('_', '-')}={value}"]
+    assert parsed(cls, *changed_flags(one)) == one
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=settings_table)
