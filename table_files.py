@@ -28,8 +28,8 @@ LONGEST_LINE = 1 << 24  # bytes; a longer one is no row of a table, and memory s
 def file_format(path: Path, text_formats: Iterable[str]) -> str:
     """The extension of a file, .gz left aside: one of `text_formats` or parquet. UserError."""
     name = path.name.lower()
-    extension = name.removesuffix(".gz").rpartition(".")[2]
-    if extension in text_formats or name.endswith(".parquet"):
+    _, dot, extension = name.removesuffix(".gz").rpartition(".")
+    if dot and (extension in text_formats or name.endswith(".parquet")):
         return extension
     known = ", ".join(f".{extension}" for extension in text_formats)
     raise UserError(
