@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: pipeline test check format charts embedded-model readme clean help
+.PHONY: pipeline test slow-test check format charts embedded-model readme clean help
 
 help:
 	@echo "make pipeline        fine-tune, evaluate on held-out data, calibrate, draw the charts"
 	@echo "make test            run the tests"
+	@echo "make slow-test       a million rows within their limits, long simulations (about TIME)"
 	@echo "make check           formatting, lint, types, generated files (what CI runs besides the tests)"
 	@echo "make format          rewrite the code in the project's format"
 	@echo "make charts          draw images/ again from evaluation_cache/"
@@ -35,6 +36,9 @@ readme: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+slow-test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow --durations=0
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -15,7 +15,14 @@ import json
 import sys
 from dataclasses import replace
 
-from report import MODEL_TITLES, percent, prose, text_table, with_interval
+from report import (
+    MODEL_TITLES,
+    few_groups_warnings,
+    percent,
+    prose,
+    text_table,
+    with_interval,
+)
 from settings import add_report_arguments, exit_code
 
 IMAGES = (
@@ -92,6 +99,7 @@ def analyse(model, cost_error, cost_review):
             "cost_review": cost_review,
             "table": decisions.cost_table(scored, automation, cost_error, cost_review),
         },
+        "warnings": few_groups_warnings({"test rows": model.n_groups["test"]}),
     }
 
 
@@ -147,14 +155,16 @@ def automation_text(table):
     for promise in table["promises"]:
         for way in ("certified", "naive"):
             cut, test = promise[way], promise[way]["test"]
-            measured = ["–", "–", "–", "nothing automated"]
+            measured = ["–", "–", "–", "–", "nothing automated"]
             if test["automated"]:
-                measured = [f"{test['errors']:,}", percent(test["risk"])]
+                measured = [f"{test['expected_errors']:,.0f}", f"{test['errors']:,}"]
+                measured += [percent(test["risk"])]
                 measured += [percent(test["risk_upper"]), "kept" if test["kept"] else "broken"]
             name = f"{promise_text(promise['promise'])} right, {way}"
             automated = percent(test["coverage"])
             rows.append([name, threshold_text(cut["threshold"]), automated, *measured])
-    header = ["promise", "threshold", "automated", "errors", "wrong", "at most", "on test rows"]
+    header = ["promise", "threshold", "automated", "expected", "errors", "wrong", "at most"]
+    header.append("on test rows")
     title = (
         f"Automation with a promise (confidence calibrated by {table['calibrator']}, chosen and "
         f"fitted on {table['n_fitting']:,} calibration rows; thresholds from "
@@ -166,14 +176,15 @@ def automation_text(table):
         "How to read it: answers with at least the threshold's confidence are automated. A "
         f"certified threshold breaks its promise in at most {percent(table['delta'])} of all "
         "calibrations, a naive one in about every second where the promise is hard to keep. "
-        '"wrong" is the share of errors among the automated test rows, "at most" its 95 % upper '
+        '"expected" is the number of errors that the confidences of the automated test rows '
+        'announce, "errors" what it was, "wrong" its share of these rows, "at most" its 95 % upper '
         "limit: where few rows are automated, kept and broken are chance."
     )
     outcomes = "\n".join(map(certified_text, table["promises"]))
     return "\n\n".join([prose(title), text_table(header, rows), outcomes, prose(how)])
 
 
-def costs_text(costs):
+def costs_text(costs, warnings):
     rows = []
     for row in costs["table"]:
         name = row["policy"]
@@ -192,7 +203,7 @@ def costs_text(costs):
         "rule if the confidence is right, and no promise. --cost-error and --cost-review set the "
         "costs."
     )
-    return "\n\n".join([title, text_table(header, rows), prose(how)])
+    return "\n\n".join([title, text_table(header, rows), *map(prose, [how, *warnings])])
 
 
 def draw_images(settings, model_name):
@@ -216,7 +227,7 @@ def report_reliability(settings):
             f"What may be automated: {MODEL_TITLES[model.name]}, {settings.cache_dir}",
             zones_text(numbers["zones"]),
             automation_text(numbers["automation"]),
-            costs_text(numbers["costs"]),
+            costs_text(numbers["costs"], numbers["warnings"]),
         ]
         print("\n\n\n".join(parts))
     if not settings.no_images:

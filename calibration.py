@@ -686,7 +686,7 @@ def calibrators_for(n_labels):
 # Rows of `records.ModelResults.arrays`, and the separation of the splits.
 
 
-def _require_split(rows, split):
+def require_split(rows, split):
     if rows["split"] != split:
         raise ValueError(f"rows must be of the {split} split, got {rows['split']!r}")
 
@@ -699,7 +699,7 @@ def rows_margin(rows):
 
 def _rows_margin_and_label(rows):
     """What `Calibrator.fit` takes, from calibration rows; ValueError for rows of another split."""
-    _require_split(rows, "calibration")
+    require_split(rows, "calibration")
     margin, label = rows_margin(rows), rows["label"]
     return margin, label == 0 if margin.ndim == 1 else label
 
@@ -731,7 +731,7 @@ def evaluate_calibrator(calibrator, rows, n_bins=20, n_resamples=1000, seed=0):
     Raises ValueError for rows of another split, and for rows it was fitted on: a calibrator looks
     perfect there by construction.
     """
-    _require_split(rows, "test")
+    require_split(rows, "test")
     if seen := set(calibrator.fitted_ids).intersection(str(row_id) for row_id in rows["id"]):
         raise ValueError(
             f"rows must be unseen by the calibrator, got {len(seen)} it was fitted on, "
@@ -750,15 +750,24 @@ def evaluate_calibrator(calibrator, rows, n_bins=20, n_resamples=1000, seed=0):
 # Cross-fitting: every row is predicted by a calibrator that was fitted on other groups.
 
 
-def _cross_fitted(name, margin, label, group, n_folds, seed):
-    """(n, K) out-of-fold probabilities of checked margin and label; group: (n,)."""
+def group_folds(group, n_folds=5, seed=0):
+    """(n,) fold of each row, 0 ≤ fold < n_folds, from its group (n,): a group is in one fold.
+
+    n_folds is lowered to the number of groups where these are fewer. Raises ValueError for rows of
+    a single group.
+    """
     names, member = np.unique(group, return_inverse=True)
     if len(names) < 2:
         raise ValueError(f"rows of at least 2 groups are needed for folds, got {len(names)}")
     n_folds = min(as_count("n_folds", n_folds, least=2), len(names))
-    fold = (np.random.default_rng(seed).permutation(len(names)) % n_folds)[member]
+    return (np.random.default_rng(seed).permutation(len(names)) % n_folds)[member]
+
+
+def _cross_fitted(name, margin, label, group, n_folds, seed):
+    """(n, K) out-of-fold probabilities of checked margin and label; group: (n,)."""
+    fold = group_folds(group, n_folds, seed)
     probability = np.empty((len(margin), _n_labels(margin)))
-    for k in range(n_folds):
+    for k in range(fold.max() + 1):
         held = fold == k
         calibrator = _new_calibrator(name).fit(margin[~held], label[~held])
         probability[held] = _all_labels(calibrator.predict_proba(margin[held]))
@@ -782,7 +791,7 @@ def cross_fitted_log_loss(name, rows, n_folds=5, seed=0):
     return log_loss(cross_fitted_probabilities(name, rows, n_folds, seed), rows["label"])
 
 
-def _mean_and_standard_error(value, group):
+def mean_and_standard_error(value, group):
     """Mean of value (n,) and its standard error, rows of one group (n,) not being independent."""
     _, member = np.unique(group, return_inverse=True)
     total = np.bincount(member, weights=value - value.mean())
@@ -813,8 +822,8 @@ def select_calibrator(rows, n_folds=5, seed=0):
     lowest = min(losses.values(), key=np.mean)
     table = {}
     for name, loss in losses.items():
-        mean, error = _mean_and_standard_error(loss, group)
-        difference, difference_error = _mean_and_standard_error(loss - lowest, group)
+        mean, error = mean_and_standard_error(loss, group)
+        difference, difference_error = mean_and_standard_error(loss - lowest, group)
         table[name] = {
             "log_loss": mean,
             "standard_error": error,
@@ -881,11 +890,12 @@ def _differing_parts(saved, wanted):
     return parts
 
 
-def load_calibrator(path, identity):
+def load_calibrator(path, identity, kinds=CALIBRATORS):
     """The calibrator that `save_calibrator` wrote to `path` for the same identity.
 
-    Raises UserError when the file is missing or damaged, or when it was fitted for another
-    identity; the message then shows both fingerprints and the parts that differ.
+    kinds: {name: class} of what may be in the file. Raises UserError when it is missing or damaged,
+    or was fitted for another identity; the message then shows both fingerprints and the parts that
+    differ.
     """
     _require_fingerprint(identity)
     data = read_json(path, FIT_AGAIN)
@@ -894,7 +904,7 @@ def load_calibrator(path, identity):
         raise UserError(f"{path} has schema {found}, not {SCHEMA_VERSION}; {FIT_AGAIN}")
     try:
         saved = data["identity"]
-        calibrator = CALIBRATORS[data["calibrator"]["name"]].from_json(data["calibrator"])
+        calibrator = kinds[data["calibrator"]["name"]].from_json(data["calibrator"])
         same = saved["fingerprint"] == identity["fingerprint"]
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(

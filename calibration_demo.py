@@ -14,7 +14,14 @@ import argparse
 import json
 import sys
 
-from report import MODEL_TITLES, percent, prose, text_table, with_interval
+from report import (
+    MODEL_TITLES,
+    few_groups_warnings,
+    percent,
+    prose,
+    text_table,
+    with_interval,
+)
 from settings import add_report_arguments, exit_code
 
 CALIBRATION_ERRORS = ("ece", "smooth_ece", "miscalibration")
@@ -73,13 +80,14 @@ def errors_text(table):
             cells += [with_interval(error), f"{error['null_p95']:.3f}"]
         rows.append(cells)
     header = ["calibrator", "ECE", "null", "smooth ECE", "null", "miscalibration", "null"]
-    return (
-        f"{text_table(header, rows)}\n\n"
-        "How to read it: lower is better. null is what a perfectly calibrated model with the same\n"
-        "confidences stays below in 95 % of samples of this size, were all rows independent: an\n"
-        "error below it is no evidence of one. The 95 % intervals of these errors are biased\n"
-        "upward. Miscalibration is the part of the Brier score that calibration could remove."
+    how = (
+        "How to read it: lower is better. null is what a perfectly calibrated model with the same "
+        "confidences stays below in 95 % of samples like this one, near-duplicates being as alike "
+        "as here: an error below it is no evidence of one. Chance adds to these errors, and their "
+        "95 % intervals include it. Miscalibration is the part of the Brier score that calibration "
+        "could remove."
     )
+    return f"{text_table(header, rows)}\n\n{prose(how)}"
 
 
 def selection_text(table):
@@ -116,6 +124,7 @@ def model_text(table):
         [
             f"{MODEL_TITLES[table['model']]}: {table['n']:,} test rows in {table['n_groups']:,} "
             f"near-duplicate groups, calibrators fitted on {table['n_calibration']:,} others",
+            *map(prose, table["warnings"]),
             scores_text(table, "log_loss", "log-loss, nats"),
             scores_text(table, "brier", "Brier score"),
             differences_text(table),
@@ -127,7 +136,8 @@ def model_text(table):
 
 
 def pitfalls_text(table):
-    parts = [f"How numbers like these go wrong: {MODEL_TITLES[table['model']]}"]
+    title = f"How numbers like these go wrong: {MODEL_TITLES[table['model']]}"
+    parts = ["\n\n".join([title, *map(prose, table["warnings"])])]
     for i, (key, text) in enumerate(PITFALLS.items(), start=1):
         parts.append(f"{i}. {text(table[key])}")
     return "\n\n\n".join(parts)
@@ -226,6 +236,10 @@ PITFALLS = {
 }
 
 
+def warnings_of(model):
+    return few_groups_warnings({f"{split} rows": n for split, n in model.n_groups.items()})
+
+
 def report_calibration(settings):
     from comparison import calibrator_comparison, load_model, load_models, pitfalls
 
@@ -236,7 +250,7 @@ def report_calibration(settings):
     make, text = (
         (pitfalls, pitfalls_text) if settings.pitfalls else (calibrator_comparison, model_text)
     )
-    tables = {model.name: make(model) for model in models}
+    tables = {model.name: {**make(model), "warnings": warnings_of(model)} for model in models}
     if settings.json:
         print(json.dumps(tables, allow_nan=False))
     else:

@@ -12,16 +12,20 @@ Two labels are the case K = 2. What is said of confidence and correct holds as w
 P(first label) and "the true label is the first". Equal confidences are one cut-off: no result
 depends on the order of the rows. Bad input is a ValueError naming the argument, the rule, the value
 and the row (counted from 0).
+
+    expected_calibration_error(confidence, correct)               # a number
+    measure("ece", confidence, correct, group=group)              # with its interval and null band
+    measure("aurc", *first, reference=second, group=group)        # paired: first − second
+    calibration_metrics(probabilities, label, group)              # everything
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from numbers import Real
 
 import numpy as np
 from scipy.fft import dct, idct
 from scipy.optimize import isotonic_regression
-from scipy.sparse import csr_array
 from scipy.special import ndtr, ndtri, stdtr
 
 HIGH_CONFIDENCE = 0.9
@@ -32,6 +36,7 @@ PROBABILITY_FLOOR = float(np.finfo(np.float64).eps)  # 2.2e-16: one row costs at
 SIMULATION_BLOCK = 250_000  # numbers held at once in one array of a simulation or a bootstrap
 SMOOTHING_GRID = 1024  # points on [0, 1] of the smooth calibration error
 ROUNDING = 1e-12  # a difference of two scores below it is rounding
+FEW_GROUPS = 30  # a bootstrap interval of fewer is too narrow
 UNDEFINED = {  # what a measure cannot be computed from
     "auroc": "all rows are of one class",
     "squared_calibration_error": "no equal-mass bin holds two rows",
@@ -138,6 +143,15 @@ def check_same_length(**arrays):
             )
 
 
+def _members(group, name, rows):
+    """(n,) index of the group of each of the rows (n,), called `name`; None: each is its own."""
+    if group is None:
+        return np.arange(len(rows))
+    group = as_names("group", group)
+    check_same_length(**{name: rows, "group": group})
+    return np.unique(group, return_inverse=True)[1]
+
+
 def _defined(name, value):
     if np.isnan(value):
         raise ValueError(f"{name} is undefined: {UNDEFINED[name]}")
@@ -163,7 +177,9 @@ def _probabilities_and_label(probabilities, label, name="probabilities"):
 
 def _prefix_sums(values):
     """(R, m) → (R, m + 1): sums of the first 0, 1, ... m columns."""
-    return np.pad(np.cumsum(values, axis=1, dtype=np.float64), ((0, 0), (1, 0)))
+    sums = np.zeros((len(values), values.shape[1] + 1))
+    np.cumsum(values, axis=1, out=sums[:, 1:])
+    return sums
 
 
 def _first_above(cumulative, target):
@@ -183,6 +199,12 @@ def _ratio(numerator, denominator):
     return numerator / np.where(denominator == 0, np.nan, denominator)
 
 
+@lru_cache(maxsize=1)
+def _harmonic(n):
+    """(n + 1,) sums 1 + 1/2 + ... + 1/i for i = 0 ... n."""
+    return np.r_[0.0, np.cumsum(1 / np.arange(1, n + 1))]
+
+
 @dataclass(frozen=True)
 class _Cells:
     """Rows with the same confidence are one cell; R versions of the data are measured at once.
@@ -200,27 +222,35 @@ class _Cells:
     size: int
 
     @cached_property
+    def sums(self):
+        """(rows, correct rows, expected correct rows) of the first 0, 1, ... m cells."""
+        return tuple(map(_prefix_sums, (self.count, self.hits, self.count * self.value)))
+
+    @cached_property
     def total(self):
         """(R,) rows."""
-        return self.count.sum(axis=1)
+        return self.sums[0][:, -1]
 
     @cached_property
     def n_correct(self):
         """(R,) correct rows."""
-        return self.hits.sum(axis=1)
+        return self.sums[1][:, -1]
 
     @cached_property
-    def gap(self):
-        """(R, m) correct rows beyond the expected ones."""
-        return self.hits - self.count * self.value
+    def above(self):
+        """(rows, errors), each (R, m + 1), of the 0, 1, ... m cells of highest confidence."""
+        rows, correct, _ = self.sums
+        return tuple(part[:, -1:] - part[:, ::-1] for part in (rows, rows - correct))
 
     @cached_property
-    def descending(self):
-        """(rows, errors, rows above, errors above), each (R, m), from the highest confidence."""
-        rows = self.count[:, ::-1]
-        errors = rows - self.hits[:, ::-1]
-        above = (np.cumsum(part, axis=1) - part for part in (rows, errors))
-        return rows, errors, *above
+    def aurc(self):
+        """(R,) area under the risk–coverage curve."""
+        rows, errors = self.above
+        of_cell = np.diff(errors, axis=1)
+        rate = of_cell / np.maximum(np.diff(rows, axis=1), 1)  # of a row of a tie, in any place
+        places = np.diff(_harmonic(int(self.total.max()))[rows.astype(np.int64)], axis=1)
+        area = of_cell + (errors[:, :-1] - rows[:, :-1] * rate) * places
+        return area.sum(axis=1) / self.total
 
     @cached_property
     def recalibrated(self):
@@ -241,7 +271,10 @@ class _Cells:
 
 
 class _Layout:
-    """Which row belongs to which cell; sorted once, used for every resample."""
+    """Which row belongs to which cell; sorted once, used for every version of the data.
+
+    order: (n,) rows by ascending confidence; value: (m,) as of `_Cells`.
+    """
 
     def __init__(self, confidence, correct):
         self.order = np.argsort(confidence, kind="stable")
@@ -250,16 +283,21 @@ class _Layout:
         self.value = ranked[self.start]
         self.correct = correct[self.order]
 
-    def cells(self, multiplicity):
-        """`_Cells` of R versions in which row i occurs multiplicity[r, i] times, (R, n)."""
-        rows = multiplicity[:, self.order].astype(np.float64)
-        count, hits = (np.add.reduceat(x, self.start, axis=1) for x in (rows, rows * self.correct))
+    def gathered(self, rows):
+        """(R, m) sums over the rows of each cell, of values (R, n) of the rows in `order`."""
+        rows = rows.astype(np.float64)
+        alone = len(self.start) == len(self.order)
+        return rows if alone else np.add.reduceat(rows, self.start, axis=1)
+
+    def cells(self, times):
+        """`_Cells` of R versions in which the rows, in `order`, occur times (R, n)."""
+        count, hits = self.gathered(times), self.gathered(times * self.correct)
         return _Cells(self.value, count, hits, len(self.order))
 
 
 def _cells(confidence, correct):
     """The one version that is the data itself."""
-    return _Layout(confidence, correct).cells(np.ones((1, len(confidence)), dtype=np.int8))
+    return _Layout(confidence, correct).cells(np.ones((1, len(confidence))))
 
 
 def _block_size(width):
@@ -267,15 +305,59 @@ def _block_size(width):
     return max(1, SIMULATION_BLOCK // max(width, SMOOTHING_GRID))
 
 
-def _simulated_truth(confidence, n_draws, seed):
-    """Yield `_Cells` of blocks of draws in which each row is correct with its confidence."""
-    cells = _cells(confidence, np.zeros(len(confidence), dtype=bool))
-    rng = np.random.default_rng(seed)
+def _common_luck(layout, member):
+    """The share of groups, in [0, 1], whose rows have their luck in common: how alike they are.
+
+    member: (n,) index of the group of each row in the layout's order. If in that share of the
+    groups one draw decided over all rows, residuals of the same group would have the covariance
+    that they have. They are taken from the isotonic regression, for what all rows of a confidence
+    have in common is miscalibration, not luck. 1, copies, where the rows cannot tell.
+    """
+    cells = layout.cells(np.ones((1, len(member))))
+    expected = np.repeat(cells.recalibrated[0], cells.count[0].astype(np.int64))  # ascending
+    residual = layout.correct - expected
+    by_group = np.argsort(member, kind="stable")
+    size = np.bincount(member)
+    later = np.empty(len(member))  # rows of the same group after this one
+    later[by_group] = np.cumsum(size)[member[by_group]] - 1 - np.arange(len(member))
+
+    def over_pairs(value):  # sum of the products of all ordered pairs of two rows of a group
+        return (np.bincount(member, weights=value) ** 2).sum() - (value**2).sum()
+
+    # Rows that share a draw are both right with the lower of their two probabilities.
+    largest = 2 * (expected * later).sum() - over_pairs(expected)
+    if largest <= ROUNDING:
+        return 1.0
+    return float(np.clip(over_pairs(residual) / largest, 0.0, 1.0))
+
+
+def _simulated_truth(confidence, n_draws, seed, correct=None, member=None):
+    """Yield `_Cells` of blocks of draws in which each row is correct with its confidence.
+
+    Independently of the others or, with member (n,), the index of its group, with luck in common
+    as far as correct (n,) shows it.
+    """
+    n = len(confidence)
+    layout = _Layout(confidence, np.zeros(n, dtype=bool) if member is None else correct)
+    cells = layout.cells(np.ones((1, n)))
     count = cells.count.astype(np.int64)
-    step = _block_size(count.shape[1])
+    rng = np.random.default_rng(seed)
+    if member is not None:
+        member = member[layout.order]
+        n_groups, share = int(member.max()) + 1, _common_luck(layout, member)
+        own, common, joined = rng.spawn(3)
+    step = _block_size(n)
     for first in range(0, n_draws, step):
-        size = (min(step, n_draws - first), count.shape[1])
-        hits = rng.binomial(count, cells.value, size=size).astype(np.float64)
+        block = min(step, n_draws - first)
+        if member is None:
+            hits = rng.binomial(count, cells.value, size=(block, count.shape[1]))
+            hits = hits.astype(np.float64)
+        else:
+            of_group = common.random((block, n_groups))
+            of_group[joined.random((block, n_groups)) >= share] = np.nan  # each row for itself
+            luck, alone = of_group[:, member], own.random((block, n))
+            luck = np.where(np.isnan(luck), alone, luck)
+            hits = layout.gathered(luck < confidence[layout.order])
         yield replace(cells, hits=hits)
 
 
@@ -293,7 +375,7 @@ def _bins(cells, n_bins, binning):
         inner = np.searchsorted(cells.value, edges[1:-1])[None, :]
     elif binning == "mass":
         rank = np.arange(1, n_bins) * cells.total[:, None] // n_bins
-        inner = _first_above(np.cumsum(cells.count, axis=1), rank)
+        inner = _first_above(cells.sums[0][:, 1:], rank)
     else:
         raise ValueError(f'binning must be "width" or "mass", got {binning!r}')
     return np.pad(inner, ((0, 0), (1, 1)), constant_values=((0, 0), (0, len(cells.value)))), edges
@@ -301,10 +383,7 @@ def _bins(cells, n_bins, binning):
 
 def _bin_sums(cells, start):
     """(rows, correct rows, summed confidence) of the bins that begin at `start`: (R, n_bins)."""
-    parts = (cells.count, cells.hits, cells.count * cells.value)
-    return tuple(
-        np.diff(np.take_along_axis(_prefix_sums(part), start, axis=1), axis=1) for part in parts
-    )
+    return tuple(np.diff(np.take_along_axis(part, start, axis=1), axis=1) for part in cells.sums)
 
 
 def _ece(cells, n_bins, binning="width"):
@@ -340,28 +419,26 @@ def _smooth_error(cells):
     """The σ at which the mean |smoothed gap| equals σ, by bisection, for each version."""
     # Cell-centred grid, linear weights; what falls outside is mirrored into the cell at the edge.
     position = cells.value * SMOOTHING_GRID - 0.5
-    left = np.floor(position).astype(np.int64)
-    share = position - left
-    index = np.arange(len(position))
-    deposit = csr_array(
-        (
-            np.concatenate([1 - share, share]),
-            (
-                np.clip(np.concatenate([left, left + 1]), 0, SMOOTHING_GRID - 1),
-                np.concatenate([index, index]),
-            ),
-        ),
-        shape=(SMOOTHING_GRID, len(position)),
-    )
-    gap = cells.gap / cells.total[:, None]
+    left = np.arange(-1, SMOOTHING_GRID)
+    start = np.searchsorted(position, np.append(left, SMOOTHING_GRID))
+    _, correct, expected = cells.sums
+    gap = correct - expected
+    moment = _prefix_sums((cells.hits - cells.count * cells.value) * position)
+    gap, moment = (np.diff(part[:, start], axis=1) for part in (gap, moment))
+    to_right = moment - left * gap
+    grid = np.zeros((len(gap), SMOOTHING_GRID + 2))
+    grid[:, :-1] += gap - to_right
+    grid[:, 1:] += to_right
+    grid[:, 1] += grid[:, 0]
+    grid[:, -2] += grid[:, -1]
     # A Gaussian reflected at 0 and 1 acts on cosines, one factor each.
-    wave = dct((deposit @ gap.T).T, axis=1)
+    wave = dct(grid[:, 1:-1] / cells.total[:, None], axis=1)
     decay = -((np.pi * np.arange(SMOOTHING_GRID)) ** 2) / 2
 
     def smoothed(sigma):
         return np.abs(idct(wave * np.exp(decay * sigma[:, None] ** 2), axis=1)).sum(axis=1)
 
-    low, high = np.zeros(len(gap)), np.ones(len(gap))
+    low, high = np.zeros(len(wave)), np.ones(len(wave))
     for _ in range(12):  # to 2.4e-4
         sigma = (low + high) / 2
         above = smoothed(sigma) > sigma
@@ -442,33 +519,50 @@ def smooth_calibration_error(confidence, correct):
     return float(_smooth_error(_cells(*as_confidence_and_correct(confidence, correct)))[0])
 
 
-def _null_errors(confidence, names, n_bins, n_draws, seed):
-    """{name: (n_draws,) error} of CALIBRATION_ERRORS on the same simulated truths."""
-    n_bins, n_draws = as_count("n_bins", n_bins), as_count("n_draws", n_draws)
+def _null_values(confidence, kernels, n_draws, seed, correct=None, member=None):
+    """{name: (n_draws,)} of kernels {name: function of `_Cells`} on the same simulated truths."""
     blocks = [
-        {name: CALIBRATION_ERRORS[name](cells, n_bins) for name in names}
-        for cells in _simulated_truth(confidence, n_draws, seed)
+        {name: kernel(cells) for name, kernel in kernels.items()}
+        for cells in _simulated_truth(confidence, n_draws, seed, correct, member)
     ]
-    return {name: np.concatenate([block[name] for block in blocks]) for name in names}
+    return {name: np.concatenate([block[name] for block in blocks]) for name in kernels}
 
 
-def null_calibration_error(confidence, n_bins=20, n_draws=1000, seed=0, metric="ece"):
+def _error_kernels(names, n_bins):
+    """{name: function of `_Cells`} of the calibration errors."""
+    return {name: partial(CALIBRATION_ERRORS[name], n_bins=n_bins) for name in names}
+
+
+def null_calibration_error(
+    confidence, n_bins=20, n_draws=1000, seed=0, metric="ece", correct=None, group=None
+):
     """The calibration error that a perfectly calibrated model of these confidences would show.
 
     confidence: (n,) float in [0, 1]. Truth is drawn n_draws times, each row being correct with a
-    probability equal to its confidence, independently of the other rows.
+    probability equal to its confidence.
     metric: one of CALIBRATION_ERRORS: "ece", "ece_equal_mass", "mce", "squared_calibration_error"
     (n ≥ 2), "smooth_ece", "miscalibration"; n_bins matters to the first four.
+    group: (n,) or None. Without it rows are independent of each other. Near-duplicates are right or
+    wrong together, which adds to the errors of a calibrated model as well; correct (n,) bool says
+    how much: in a share of the groups one draw decides over all rows, the share that gives the
+    residuals within groups the covariance that they have.
     Returns (mean, 95th percentile). A measured error below the percentile is no evidence of
-    miscalibration. Where near-duplicates are right or wrong together, calibrated errors are larger
-    than this.
+    miscalibration.
     Source: consistency resampling, Bröcker and Smith 2007, https://doi.org/10.1175/WAF993.1 , here
     with the confidences held fixed.
     """
     confidence = as_vector("confidence", confidence, 0.0, 1.0)
     if metric not in CALIBRATION_ERRORS:
         raise ValueError(f"metric must be one of {', '.join(CALIBRATION_ERRORS)}, got {metric!r}")
-    error = _null_errors(confidence, [metric], n_bins, n_draws, seed)[metric]
+    kernels = _error_kernels([metric], as_count("n_bins", n_bins))
+    member = None
+    if group is not None:
+        if correct is None:
+            raise ValueError("group needs correct, which says how alike the rows of a group are")
+        confidence, correct = as_confidence_and_correct(confidence, correct)
+        member = _members(group, "confidence", confidence)
+    n_draws = as_count("n_draws", n_draws)
+    error = _null_values(confidence, kernels, n_draws, seed, correct, member)[metric]
     return _defined(metric, error.mean()), float(np.quantile(error, 0.95))
 
 
@@ -525,9 +619,8 @@ def clustered_wilson_interval(correct, group, level=0.95):
     Source: design effect: Kish 1965, Survey Sampling; an effective sample size in an interval of a
     share: Korn and Graubard 1998, Survey Methodology 24:193
     """
-    correct, group = as_flags("correct", correct), as_names("group", group)
-    check_same_length(correct=correct, group=group)
-    member = np.unique(group, return_inverse=True)[1]
+    correct = as_flags("correct", correct)
+    member = _members(group, "correct", correct)
     share, rows = _effective_share(correct, member, np.zeros(len(correct), dtype=np.int64), 1)
     low, high = wilson_interval(share, rows, level)
     return float(low[0]), float(high[0])
@@ -553,7 +646,8 @@ def reliability_diagram(
       corp_confidence, corp_accuracy: (k,) knots of the isotonic regression of correct on
           confidence, the first and last confidence of each of its steps, both non-decreasing;
       corp_null_low, corp_null_high: (k,) 95 % consistency band of that curve at each knot.
-    All but edges and count are NaN where a bin is empty. Both bands take rows as independent.
+    All but edges and count are NaN where a bin is empty. With group, both bands let the rows of a
+    group be right or wrong together as `null_calibration_error` does.
     Source: Bröcker and Smith 2007, https://doi.org/10.1175/WAF993.1 ; the CORP curve: Dimitriadis
     et al. 2021, https://doi.org/10.1073/pnas.2016191118
     """
@@ -567,20 +661,18 @@ def reliability_diagram(
     curve = cells.recalibrated[0]
     step = np.diff(curve) != 0
     knot = np.flatnonzero(np.r_[True, step] | np.r_[step, True])
+    member = None if group is None else _members(group, "confidence", confidence)
     null_correct, null_curve = [], []
-    for drawn in _simulated_truth(confidence, n_null, seed):
+    for drawn in _simulated_truth(confidence, n_null, seed, correct, member):
         null_correct.append(_bin_sums(drawn, start)[1])
         null_curve.append(drawn.recalibrated[:, knot])
     null, corp_null = (
         np.quantile(np.concatenate(draws), [0.025, 0.975], axis=0)
         for draws in (null_correct, null_curve)
     )
-    if group is None:
+    if member is None:
         low, high = wilson_interval(n_correct, rows)
     else:
-        group = as_names("group", group)
-        check_same_length(confidence=confidence, group=group)
-        member = np.unique(group, return_inverse=True)[1]
         part = np.searchsorted(edges[1:-1], confidence, side="right")
         low, high = wilson_interval(*_effective_share(correct, member, part, n_bins))
     return {
@@ -642,10 +734,11 @@ def _as_share(name, value):
 
 def _auroc(cells):
     """NaN where all rows are of one class."""
-    misses = cells.count - cells.hits
-    below = np.cumsum(misses, axis=1) - misses
+    rows, correct, _ = cells.sums
+    misses = rows - correct
+    below = misses[:, :-1] + misses[:, 1:]  # twice the rows below, of a tie half
     pairs = cells.n_correct * (cells.total - cells.n_correct)
-    return _ratio((cells.hits * (below + misses / 2)).sum(axis=1), pairs)
+    return _ratio((cells.hits * below).sum(axis=1) / 2, pairs)
 
 
 def _uncertainty(cells):
@@ -657,49 +750,36 @@ def _discrimination(cells):
     return np.maximum(_uncertainty(cells) - cells.brier(cells.recalibrated), 0.0)
 
 
-def _harmonic(n):
-    """(n + 1,) sums 1 + 1/2 + ... + 1/i for i = 0 ... n."""
-    return np.r_[0.0, np.cumsum(1 / np.arange(1, n + 1))]
-
-
-def _aurc(cells):
-    rows, errors, rows_above, errors_above = cells.descending
-    harmonic = _harmonic(int(cells.total.max()))
-    first, last = (np.asarray(x, dtype=np.int64) for x in (rows_above, rows_above + rows))
-    rate = errors / np.maximum(rows, 1)  # a row of a tie is wrong at this rate, in any place
-    area = errors + (errors_above - rows_above * rate) * (harmonic[last] - harmonic[first])
-    return area.sum(axis=1) / cells.total
-
-
 def _excess_aurc(cells):
     harmonic = _harmonic(int(cells.total.max()))
     total, n_correct = (x.astype(np.int64) for x in (cells.total, cells.n_correct))
     best = total - n_correct - n_correct * (harmonic[total] - harmonic[n_correct])
-    return np.maximum(_aurc(cells) - best / total, 0.0)
+    return np.maximum(cells.aurc - best / total, 0.0)
 
 
 def _augrc(cells):
-    rows, errors, _, errors_above = cells.descending
-    return (rows * (errors_above + errors / 2)).sum(axis=1) / cells.total**2
+    rows, errors = cells.above
+    area = np.diff(rows, axis=1) * (errors[:, :-1] + errors[:, 1:]) / 2
+    return area.sum(axis=1) / cells.total**2
 
 
 def _accuracy_at_coverage(cells, coverage):
-    rows, errors, rows_above, errors_above = cells.descending
+    rows, errors = cells.above
     # 0.7 · 10 is 7.000000000000001 in doubles, and means 7 rows.
     wanted = np.maximum(np.ceil(coverage * cells.total - 1e-9), 1.0)[:, None]
-    last = _first_above(rows_above + rows, wanted - 1)
-    rows, errors, rows_above, errors_above = (
-        np.take_along_axis(x, last, axis=1) for x in (rows, errors, rows_above, errors_above)
+    last = _first_above(rows[:, 1:], wanted - 1)
+    before, wrong = (np.take_along_axis(x, last, axis=1) for x in (rows, errors))
+    of_cell, wrong_of_cell = (
+        np.take_along_axis(np.diff(x, axis=1), last, axis=1) for x in (rows, errors)
     )
-    wrong = errors_above + (wanted - rows_above) * errors / rows
+    wrong = wrong + (wanted - before) * wrong_of_cell / of_cell
     return 1.0 - (wrong / wanted)[:, 0]
 
 
 def _coverage_at_risk(cells, risk):
-    rows, errors, rows_above, errors_above = cells.descending
-    covered = rows_above + rows
-    kept = (errors_above + errors) / np.maximum(covered, 1) <= risk
-    return np.where(kept, covered, 0.0).max(axis=1) / cells.total
+    rows, errors = (x[:, 1:] for x in cells.above)
+    kept = errors / np.maximum(rows, 1) <= risk
+    return np.where(kept, rows, 0.0).max(axis=1) / cells.total
 
 
 def auroc(score, event):
@@ -748,12 +828,11 @@ def risk_coverage_curve(confidence, correct):
     Source: El-Yaniv and Wiener 2010, https://jmlr.org/papers/v11/el-yaniv10a.html
     """
     cells = _cells(*as_confidence_and_correct(confidence, correct))
-    rows, errors, rows_above, errors_above = (part[0] for part in cells.descending)
-    covered = rows_above + rows
+    rows, errors = (part[0, 1:] for part in cells.above)
     return {
         "threshold": cells.value[::-1].copy(),
-        "coverage": covered / covered[-1],
-        "risk": (errors_above + errors) / covered,
+        "coverage": rows / rows[-1],
+        "risk": errors / rows,
     }
 
 
@@ -765,7 +844,7 @@ def aurc(confidence, correct):
     Depends on the accuracy as much as on the ranking: compare `excess_aurc` or `augrc` as well.
     Source: Geifman et al. 2019, https://arxiv.org/abs/1805.08206
     """
-    return float(_aurc(_cells(*as_confidence_and_correct(confidence, correct)))[0])
+    return float(_cells(*as_confidence_and_correct(confidence, correct)).aurc[0])
 
 
 def excess_aurc(confidence, correct):
@@ -816,72 +895,139 @@ def coverage_at_risk(confidence, correct, risk):
 
 
 def _kuiper(cells):
-    """(statistic, p-value) of the data, NaN where undefined."""
+    """(R,) statistics, NaN where undefined."""
     sigma = np.sqrt((cells.count * cells.value * (1 - cells.value)).sum(axis=1))
-    walk = _prefix_sums(cells.gap)
-    statistic = _ratio(np.ptp(walk, axis=1), sigma)[0]
+    _, correct, expected = cells.sums
+    return _ratio(np.ptp(correct - expected, axis=1), sigma)
+
+
+def _kuiper_p_value(statistic):
     # P(range of Brownian motion on [0, 1] > x); below 0.3 it is 1 to the last digit.
     k = np.arange(1, 31)
     tail = (8 * (-1.0) ** (k - 1) * k * ndtr(-k * np.maximum(statistic, 0.3))).sum()
-    return statistic, np.clip(tail, 0.0, 1.0)
+    return np.clip(tail, 0.0, 1.0)
 
 
 def _spiegelhalter(cells):
-    """(statistic, p-value) of the data, NaN where undefined."""
+    """(R,) statistics, NaN where undefined."""
     lean = 1 - 2 * cells.value
     variance = (cells.count * lean**2 * cells.value * (1 - cells.value)).sum(axis=1)
-    statistic = _ratio((cells.gap * lean).sum(axis=1), np.sqrt(variance))[0]
-    return statistic, 2 * ndtr(-np.abs(statistic))
+    gap = cells.hits - cells.count * cells.value
+    return _ratio((gap * lean).sum(axis=1), np.sqrt(variance))
 
 
-def kuiper_test(confidence, correct):
+CALIBRATION_TESTS = {  # statistic of `_Cells`, and its p-value when rows are independent
+    "kuiper": (_kuiper, _kuiper_p_value),
+    "spiegelhalter": (_spiegelhalter, lambda statistic: 2 * ndtr(-np.abs(statistic))),
+}
+
+
+def _calibration_test(name, cells, null=None):
+    """{"statistic", "p_value"}: the law of the statistic, or where it lies among null (n_draws,).
+
+    NaN where undefined.
+    """
+    of_cells, p_value = CALIBRATION_TESTS[name]
+    statistic = of_cells(cells)[0]
+    if null is None:
+        return {"statistic": float(statistic), "p_value": float(p_value(statistic))}
+    as_large = np.abs(null) >= np.abs(statistic) - ROUNDING
+    return {"statistic": float(statistic), "p_value": float((1 + as_large.sum()) / (1 + len(null)))}
+
+
+def _tested(name, confidence, correct, group, n_draws, seed):
+    confidence, correct = as_confidence_and_correct(confidence, correct)
+    null = None
+    if group is not None:
+        kernels, member = (
+            {name: CALIBRATION_TESTS[name][0]},
+            _members(group, "confidence", confidence),
+        )
+        n_draws = as_count("n_draws", n_draws)
+        null = _null_values(confidence, kernels, n_draws, seed, correct, member)[name]
+    result = _calibration_test(name, _cells(confidence, correct), null)
+    _defined(name, result["statistic"])
+    return result
+
+
+def kuiper_test(confidence, correct, group=None, n_draws=1000, seed=0):
     """Test of calibration by the range of the cumulative differences correct − confidence.
 
-    confidence: (n,) float in [0, 1]; correct: (n,) bool, rows independent: near-duplicates make
-    the p-value too small.
-    Returns {"statistic": range over its standard deviation, at least 0, "p_value": in [0, 1], the
-    probability of a larger range when the confidences are calibrated, asymptotic in n}. No bins,
-    and sensitive to a deviation that keeps its sign over a stretch of confidences. The walk starts
-    at 0 and is looked at between distinct confidences only.
+    confidence: (n,) float in [0, 1]; correct: (n,) bool; group: (n,) or None.
+    Returns {"statistic": range over the standard deviation of its end if rows were independent, at
+    least 0, "p_value": in [0, 1], the probability of a larger range when the confidences are
+    calibrated}. No bins, and sensitive to a deviation that keeps its sign over a stretch of
+    confidences. The walk starts at 0 and is looked at between distinct confidences only.
+    Without group the p-value takes rows as independent and is asymptotic in n. With it, it is the
+    share of n_draws simulated truths, as of `null_calibration_error` with group, whose statistic is
+    as large: at least 1 / (n_draws + 1).
     Raises ValueError when every confidence is 0 or 1.
     Source: Arrieta-Ibarra et al. 2022 (ECCE-R), https://jmlr.org/papers/v23/22-0658.html ; law of
     the range: Feller 1951, https://doi.org/10.1214/aoms/1177729589
     """
-    statistic, p_value = _kuiper(_cells(*as_confidence_and_correct(confidence, correct)))
-    return {"statistic": _defined("kuiper", statistic), "p_value": float(p_value)}
+    return _tested("kuiper", confidence, correct, group, n_draws, seed)
 
 
-def spiegelhalter_test(confidence, correct):
+def spiegelhalter_test(confidence, correct, group=None, n_draws=1000, seed=0):
     """Test of calibration by the Brier score that the confidences themselves announce.
 
-    confidence: (n,) float in [0, 1]; correct: (n,) bool, rows independent: near-duplicates make
-    the p-value too small.
-    Returns {"statistic": z, normal under calibration, above 0 when the Brier score is larger than
-    announced, "p_value": two-sided, in [0, 1]}. It can miss deviations that cancel in the score.
+    confidence: (n,) float in [0, 1]; correct: (n,) bool; group: (n,) or None, as of `kuiper_test`.
+    Returns {"statistic": z, normal under calibration of independent rows, above 0 when the Brier
+    score is larger than announced, "p_value": two-sided, in [0, 1]}. It can miss deviations that
+    cancel in the score.
     Raises ValueError when every confidence is 0, 0.5 or 1.
     Source: Spiegelhalter 1986, https://doi.org/10.1002/sim.4780050506
     """
-    statistic, p_value = _spiegelhalter(_cells(*as_confidence_and_correct(confidence, correct)))
-    return {"statistic": _defined("spiegelhalter", statistic), "p_value": float(p_value)}
+    return _tested("spiegelhalter", confidence, correct, group, n_draws, seed)
 
 
 # Uncertainty.
 
 
+@dataclass(frozen=True)
+class _Units:
+    """What is drawn: rows or whole groups, within their strata.
+
+    member: (n,) index of the unit of each row; of_strata: the (h,) units of each stratum.
+    """
+
+    member: np.ndarray
+    of_strata: list
+
+    @cached_property
+    def number(self):
+        return sum(map(len, self.of_strata))
+
+    def sums(self, rows):
+        """(units, m) sums of rows (n, m) over the rows of each unit."""
+        columns = [np.bincount(self.member, column, self.number) for column in rows.T]
+        return np.column_stack(columns)
+
+    def draws(self, n_resamples, seed):
+        """Yield blocks (B, units) of how often each unit occurs in each of n_resamples."""
+        rng = np.random.default_rng(seed)
+        step = _block_size(len(self.member))
+        for first in range(0, n_resamples, step):
+            block = min(step, n_resamples - first)
+            times = np.empty((block, self.number))
+            for units in self.of_strata:
+                size = len(units)
+                drawn = rng.integers(size, size=(block, size)) + size * np.arange(block)[:, None]
+                counted = np.bincount(drawn.ravel(), minlength=block * size)
+                times[:, units] = counted.reshape(block, size)
+            yield times
+
+
 def _units(n, group, strata):
-    """(n,) index of the unit that a row is drawn with, and the units of each stratum."""
+    """The `_Units` of n ≥ 2 rows."""
     if n < 2:
         raise ValueError(f"a bootstrap interval needs at least 2 rows, got {n}")
-    member = np.arange(n)
-    if group is not None:
-        group = as_names("group", group)
-        check_same_length(arrays=member, group=group)
-        names, member = np.unique(group, return_inverse=True)
-        if len(names) < 2:
-            raise ValueError(f"group must name at least 2 groups, got {len(names)}")
+    member = _members(group, "arrays", np.arange(n))
     n_units = int(member.max()) + 1
+    if n_units < 2:
+        raise ValueError(f"group must name at least 2 groups, got {n_units}")
     if strata is None:
-        return member, [np.arange(n_units)]
+        return _Units(member, [np.arange(n_units)])
     strata = as_names("strata", strata)
     check_same_length(arrays=member, strata=strata)
     stratum = np.unique(strata, return_inverse=True)[1]
@@ -891,29 +1037,14 @@ def _units(n, group, strata):
     size = np.bincount(of_unit)
     if size.max() < 2:
         raise ValueError("strata must hold at least 2 rows or groups somewhere, got 1 in each")
-    return member, np.split(np.argsort(of_unit, kind="stable"), np.cumsum(size)[:-1])
-
-
-def _multiplicities(n, group, strata, n_resamples, seed):
-    """Yield blocks (B, n) of how often each row occurs in each of n_resamples resamples."""
-    member, units_of = _units(n, group, strata)
-    rng = np.random.default_rng(seed)
-    step = _block_size(n)
-    for first in range(0, n_resamples, step):
-        block = min(step, n_resamples - first)
-        times = np.empty((block, sum(map(len, units_of))), dtype=np.int64)
-        for units in units_of:
-            size = len(units)
-            drawn = rng.integers(size, size=(block, size)) + size * np.arange(block)[:, None]
-            counted = np.bincount(drawn.ravel(), minlength=block * size)
-            times[:, units] = counted.reshape(block, size)
-        yield times[:, member]
+    of_strata = np.split(np.argsort(of_unit, kind="stable"), np.cumsum(size)[:-1])
+    return _Units(member, of_strata)
 
 
 def bootstrap_interval(
     statistic, *arrays, group=None, strata=None, n_resamples=1000, seed=0, level=0.95
 ):
-    """Percentile bootstrap interval of `statistic(*arrays)`.
+    """Percentile bootstrap interval of `statistic(*arrays)`, whatever it is.
 
     statistic: takes the resampled arrays, returns a float, or (m,) floats for m statistics that
         share the same resamples. It must not depend on the order of the rows.
@@ -923,9 +1054,9 @@ def bootstrap_interval(
         data whose number of rows a stratum was fixed beforehand.
     level: coverage of the interval, between 0 and 1.
     Returns (low, high), floats or (m,) arrays. The same seed gives the same interval.
-    Limits: calibration errors are biased upward, on a resample even more than on the data, so
-    their interval may lie above the estimate and does not cover the true error at `level`; a share
-    of exactly 0 or 1 gets an interval of width 0; and below about 30 groups the interval is too
+    Limits: a statistic that is biased on the data, as calibration errors are, is so even more on a
+    resample, and its interval is off by the difference: `measure` takes that off. A share of
+    exactly 0 or 1 gets an interval of width 0; below about FEW_GROUPS groups the interval is too
     narrow.
     Raises ValueError on unequal lengths, fewer than 2 rows or groups, a group in two strata, or
     when the statistic is not finite on a resample.
@@ -939,9 +1070,10 @@ def bootstrap_interval(
     tables = [np.atleast_1d(array) for array in arrays]
     check_same_length(**{f"array {i}": table for i, table in enumerate(tables)})
     row = np.arange(len(tables[0]))
+    units = _units(len(row), group, strata)
     drawn = (
-        np.repeat(row, times)
-        for block in _multiplicities(len(row), group, strata, n_resamples, seed)
+        np.repeat(row, times[units.member].astype(np.int64))
+        for block in units.draws(n_resamples, seed)
         for times in block
     )
     values = np.array([statistic(*(t[r] for t in tables)) for r in drawn], dtype=np.float64)
@@ -955,22 +1087,27 @@ def bootstrap_interval(
     return (float(low), float(high)) if values.ndim == 1 else (low, high)
 
 
-def _mean_intervals(rows, group, n_resamples, seed, level=0.95):
+def _mean_intervals(rows, units, n_resamples, seed, level=0.95):
     """(low, high), each (m,), of `bootstrap_interval` for the means of rows (n, m)."""
-    means = [
-        times @ rows / times.sum(axis=1, keepdims=True)
-        for times in _multiplicities(len(rows), group, None, n_resamples, seed)
-    ]
+    sums, size = units.sums(rows), np.bincount(units.member)
+    means = [times @ sums / (times @ size)[:, None] for times in units.draws(n_resamples, seed)]
     return np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2], axis=0)
 
 
 def paired_difference(
-    statistic_a_rows, statistic_b_rows, group=None, n_resamples=1000, seed=0, level=0.95
+    statistic_a_rows,
+    statistic_b_rows,
+    group=None,
+    strata=None,
+    n_resamples=1000,
+    seed=0,
+    level=0.95,
 ):
     """Mean of a − b over the same rows, with its bootstrap interval.
 
     statistic_a_rows, statistic_b_rows: (n,) one value a row for each of two models: log-loss,
-        squared error, correct. Anything that is a mean over rows; not the ECE.
+        squared error, correct. Anything that is a mean over rows; for others see `measure`.
+    group, strata: (n,) or None, as in `bootstrap_interval`.
     Returns {"estimate", "low", "high"}; an interval without 0 says that the models differ. Pairing
     removes the difficulty of the rows, which two separate intervals count twice.
     """
@@ -979,58 +1116,214 @@ def paired_difference(
     check_same_length(statistic_a_rows=a, statistic_b_rows=b)
     difference = a - b
     low, high = _mean_intervals(
-        difference[:, None], group, as_count("n_resamples", n_resamples), seed, _as_level(level)
+        difference[:, None],
+        _units(len(a), group, strata),
+        as_count("n_resamples", n_resamples),
+        seed,
+        _as_level(level),
     )
     return {"estimate": float(difference.mean()), "low": float(low[0]), "high": float(high[0])}
 
 
-# The table.
+# One metric, and the table of all: estimates with intervals and null bands.
+
+ROW_SCORES = {"log_loss": _row_log_loss, "brier": _row_brier}
+# Of `_Cells` and the one thing that may be chosen: the number of bins, a coverage or a risk.
+CELL_METRICS = {
+    "accuracy": lambda cells, _: cells.n_correct / cells.total,
+    "mean_confidence": lambda cells, _: (cells.count * cells.value).sum(axis=1) / cells.total,
+    "auroc": lambda cells, _: _auroc(cells),
+    **CALIBRATION_ERRORS,
+    "discrimination": lambda cells, _: _discrimination(cells),
+    "uncertainty": lambda cells, _: _uncertainty(cells),
+    "aurc": lambda cells, _: cells.aurc,
+    "excess_aurc": lambda cells, _: _excess_aurc(cells),
+    "augrc": lambda cells, _: _augrc(cells),
+    "accuracy_at_coverage": _accuracy_at_coverage,
+    "coverage_at_risk": _coverage_at_risk,
+}
+METRICS = (*ROW_SCORES, *CELL_METRICS)
+AT = {"accuracy_at_coverage", "coverage_at_risk"}  # of a share that must be named
+RANKINGS = {"auroc", "aurc", "excess_aurc", "augrc", *AT}  # only the order of the rows matters
+# Chance adds to these on the data, and once more on a resample; below 0 they cannot be.
+BIASED_UPWARD = {*CALIBRATION_ERRORS, "discrimination"}
+MAY_BE_NEGATIVE = {"squared_calibration_error"}
 
 
-def _all_measures(layout, scores, multiplicity, n_bins):
-    """{name: (R,)} measures of R versions of the data, NaN where undefined.
+class _Sample:
+    """The checked rows of one model, laid out for any number of resamples of their units."""
 
-    scores: (n, 2) log-loss and Brier score of each row.
-    """
-    cells = layout.cells(multiplicity)
-    log_losses, briers = (multiplicity @ scores / cells.total[:, None]).T
-    return {
-        "accuracy": cells.n_correct / cells.total,
-        "mean_confidence": (cells.count * cells.value).sum(axis=1) / cells.total,
-        "log_loss": log_losses,
-        "brier": briers,
-        "auroc": _auroc(cells),
-        **{name: error(cells, n_bins) for name, error in CALIBRATION_ERRORS.items()},
-        "discrimination": _discrimination(cells),
-        "uncertainty": _uncertainty(cells),
-        "aurc": _aurc(cells),
-        "excess_aurc": _excess_aurc(cells),
-        "augrc": _augrc(cells),
-        **{("coverage", c): _accuracy_at_coverage(cells, c) for c in COVERAGES},
-        **{("risk", r): _coverage_at_risk(cells, r) for r in RISKS},
-    }
+    def __init__(self, predicted, truth, metric=None):
+        self.probabilities, self.label = None, None
+        if as_floats("predicted", predicted).ndim == 2:
+            self.probabilities, self.label = _probabilities_and_label(predicted, truth)
+            self.confidence = self.probabilities.max(axis=1)
+            self.correct = self.probabilities.argmax(axis=1) == self.label
+            return
+        if metric in ROW_SCORES:
+            shape = np.shape(predicted)
+            raise ValueError(f"{metric} needs probabilities of shape (n, K), got {shape}")
+        scale = (-np.inf, np.inf) if metric in RANKINGS else (0.0, 1.0)
+        self.confidence = as_vector("confidence", predicted, *scale)
+        self.correct = as_flags("correct", truth)
+        check_same_length(confidence=self.confidence, correct=self.correct)
+
+    def partner(self, reference, metric):
+        """The `_Sample` of reference, (predicted, truth) of another model on the same rows."""
+        if not isinstance(reference, tuple | list) or len(reference) != 2:
+            raise ValueError("reference must be (predicted, truth) of another model")
+        other = _Sample(*reference, metric)
+        check_same_length(predicted=self.confidence, reference=other.confidence)
+        if self.label is not None and other.label is not None:
+            differ = self.label != other.label
+            _refuse_row("label of the reference", "must be of the same row", other.label, differ)
+        return other
+
+    def __len__(self):
+        return len(self.confidence)
+
+    @cached_property
+    def layout(self):
+        return _Layout(self.confidence, self.correct)
+
+    def evaluator(self, units, asked):
+        """A function from times (R, units) to {key: (R,)}.
+
+        asked: {key: (metric, what it is asked for)}.
+        """
+        scored = {metric for metric, _ in asked.values()} & set(ROW_SCORES)
+        size = np.bincount(units.member)
+        sums = {
+            score: units.sums(ROW_SCORES[score](self.probabilities, self.label)[:, None])
+            for score in scored
+        }
+        of_cells = any(metric in CELL_METRICS for metric, _ in asked.values())
+        member = units.member[self.layout.order] if of_cells else None
+
+        def evaluate(times):
+            cells = self.layout.cells(times[:, member]) if of_cells else None
+            return {
+                key: (times @ sums[metric])[:, 0] / (times @ size)
+                if metric in scored
+                else CELL_METRICS[metric](cells, option)
+                for key, (metric, option) in asked.items()
+            }
+
+        return evaluate
+
+    def mce_count(self, n_bins):
+        return maximum_calibration_error(self.confidence, self.correct, n_bins)[1]
+
+    def null(self, kernels, n_draws, seed, units, group):
+        """`_null_values`; the units are groups if group is not None."""
+        member = None if group is None else units.member
+        return _null_values(self.confidence, kernels, n_draws, seed, self.correct, member)
 
 
-def _with_interval(name, estimate, resampled):
+def _with_interval(metric, estimate, resampled, level, paired=False):
     """{"estimate", "low", "high"}, and what is to be said where it is undefined."""
-    defined = resampled[np.isfinite(resampled)]
     if np.isnan(estimate):
-        return {"estimate": None, "low": None, "high": None, "reason": UNDEFINED[name]}
+        return {"estimate": None, "low": None, "high": None, "reason": UNDEFINED[metric]}
+    defined = resampled[np.isfinite(resampled)]
     result = {"estimate": float(estimate), "low": None, "high": None}
     if len(defined):
-        low, high = np.quantile(defined, [0.025, 0.975])
-        result |= {"low": float(low), "high": float(high)}
+        limits = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+        if metric in BIASED_UPWARD:
+            limits -= defined.mean() - estimate
+            if not paired and metric not in MAY_BE_NEGATIVE:
+                limits = np.maximum(limits, 0.0)
+        result |= {"low": float(limits[0]), "high": float(limits[1])}
     else:
-        result["reason"] = f"on every resample {UNDEFINED[name]}"
+        result["reason"] = f"on every resample {UNDEFINED[metric]}"
     if len(defined) < len(resampled):
         result["undefined_resamples"] = len(resampled) - len(defined)
     return result
 
 
-def _test_of(name, statistic, p_value):
-    if np.isnan(statistic):
-        return {"statistic": None, "p_value": None, "reason": UNDEFINED[name]}
-    return {"statistic": float(statistic), "p_value": float(p_value)}
+def _intervals(evaluate, asked, units, n_resamples, seed, level, paired=False):
+    """{key: `_with_interval`} of what evaluate, as of `_Sample.evaluator`, finds."""
+    whole = evaluate(np.ones((1, units.number)))
+    blocks = [evaluate(times) for times in units.draws(n_resamples, seed)]
+    return {
+        key: _with_interval(
+            metric, whole[key][0], np.concatenate([b[key] for b in blocks]), level, paired
+        )
+        for key, (metric, _) in asked.items()
+    }
+
+
+def _add_null(result, error):
+    """Put the mean and the 95th percentile of null errors (n_draws,) into result."""
+    if result["estimate"] is not None:
+        result["null_mean"] = float(error.mean())
+        result["null_p95"] = float(np.quantile(error, 0.95))
+
+
+def measure(
+    metric,
+    predicted,
+    truth,
+    reference=None,
+    group=None,
+    strata=None,
+    n_bins=20,
+    coverage=None,
+    risk=None,
+    n_resamples=1000,
+    seed=0,
+    level=0.95,
+):
+    """One metric with its bootstrap interval and, for a calibration error, its null band.
+
+    metric: one of METRICS, named as in the table of `calibration_metrics`.
+    predicted, truth: probabilities (n, K) and label (n,) int, of whose top label all metrics but
+        log_loss and brier are; or, for these, confidence (n,) and correct (n,) bool. For RANKINGS
+        the confidence may be a score on any scale. n ≥ 2.
+    reference: None, or (predicted, truth) of another model on the same rows in the same order: what
+        is measured is then the difference to it, first − reference, on the same resamples.
+    group, strata: (n,) or None, as in `bootstrap_interval`.
+    n_bins: of the calibration errors that have bins; coverage: in [0, 1], of
+        "accuracy_at_coverage"; risk: in [0, 1], of "coverage_at_risk".
+    n_resamples: bootstrap resamples, and simulated truths of the null band; level: of the interval.
+    Returns a dict, ready for JSON:
+      estimate: the number that the plain function gives;
+      low, high: its interval. Chance adds to a calibration error and to discrimination on the data,
+          and once more on a resample; what it adds there on average is taken off. So the interval
+          is about what such rows show on average, chance included: compare it with null_mean;
+      count: for "mce", the rows of the bin that decides the estimate;
+      null_mean, null_p95: for a calibration error without reference, mean and 95th percentile of
+          `null_calibration_error` under the same group.
+    What is undefined is None, with a "reason"; resamples on which the metric is undefined are left
+    out and counted as "undefined_resamples". Below FEW_GROUPS rows or groups the interval is too
+    narrow. Costs about 0.3 s for 1,000 rows, at worst half a second a resample for 1,000,000.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    option = as_count("n_bins", n_bins)
+    if metric == "accuracy_at_coverage":
+        option = _as_share("coverage", coverage)
+    if metric == "coverage_at_risk":
+        option = _as_share("risk", risk)
+    level, n_resamples = _as_level(level), as_count("n_resamples", n_resamples)
+    first = _Sample(predicted, truth, metric)
+    units, asked = _units(len(first), group, strata), {metric: (metric, option)}
+    evaluate = first.evaluator(units, asked)
+    if reference is not None:
+        of_first, of_second = evaluate, first.partner(reference, metric).evaluator(units, asked)
+
+        def evaluate(times):
+            return {metric: of_first(times)[metric] - of_second(times)[metric]}
+
+    paired = reference is not None
+    found = _intervals(evaluate, asked, units, n_resamples, seed, level, paired)[metric]
+    if paired:
+        return found
+    if metric == "mce":
+        found["count"] = first.mce_count(n_bins)
+    if metric in CALIBRATION_ERRORS:
+        null = first.null(_error_kernels([metric], n_bins), n_resamples, seed, units, group)
+        _add_null(found, null[metric])
+    return found
 
 
 def calibration_metrics(
@@ -1044,60 +1337,57 @@ def calibration_metrics(
     Returns a dict:
       n: rows; n_groups: groups, None without group;
       accuracy, mean_confidence, log_loss (nats), brier, auroc, ece (n_bins of equal width),
-          ece_equal_mass, squared_calibration_error, smooth_ece, miscalibration, discrimination,
-          uncertainty, aurc, excess_aurc, augrc: each {"estimate", "low", "high"} with the 95 %
-          interval of `bootstrap_interval`, all from one set of resamples;
-      mce: {"estimate", "count"}, count being the rows of the deciding bin;
-      the calibration errors (ece, ece_equal_mass, mce, squared_calibration_error, smooth_ece,
-          miscalibration) also have null_mean and null_p95 of `null_calibration_error`;
+          ece_equal_mass, mce, squared_calibration_error, smooth_ece, miscalibration,
+          discrimination, uncertainty, aurc, excess_aurc, augrc: each what `measure` gives of it at
+          95 %: estimate, low and high, mce also the count, the calibration errors (ece,
+          ece_equal_mass, mce, squared_calibration_error, smooth_ece, miscalibration) also
+          null_mean and null_p95; all from one set of resamples and one of simulated truths;
       accuracy_at_coverage: [{"coverage", "estimate", "low", "high"}] at 0.5, 0.7, 0.9;
       coverage_at_risk: [{"risk", "estimate", "low", "high"}] at 0.01, 0.05, 0.1;
-      kuiper, spiegelhalter: {"statistic", "p_value"}, rows taken as independent;
+      kuiper, spiegelhalter: {"statistic", "p_value"} as of `kuiper_test` with this group;
       high_confidence: rows with confidence ≥ threshold (0.9): {"threshold", "count", "share",
           "accuracy"}, accuracy being None where there are none.
     What is undefined is None and has a "reason". Resamples on which a metric is undefined are left
-    out of its interval and counted as "undefined_resamples". Time grows with n and n_resamples:
-    about 1 s for 1,000 rows, minutes for 1,000,000.
+    out of its interval and counted as "undefined_resamples".
+    n_resamples is the number of bootstrap resamples and of simulated truths, and what time is spent
+    on: about 0.5 s for 1,000 rows, 20 s for 100,000 and 3 minutes for 1,000,000, in proportion to
+    n_resamples; less than 400 MB.
     """
-    probabilities, label = _probabilities_and_label(probabilities, label)
+    sample = _Sample(*_probabilities_and_label(probabilities, label))
     n_bins, n_resamples = as_count("n_bins", n_bins), as_count("n_resamples", n_resamples)
-    n, whole = len(label), np.ones((1, len(label)), dtype=np.int64)
-    confidence = probabilities.max(axis=1)
-    correct = probabilities.argmax(axis=1) == label
-    scores = np.column_stack(
-        [_row_log_loss(probabilities, label), _row_brier(probabilities, label)]
-    )
-    layout = _Layout(confidence, correct)
-    resampled = [
-        _all_measures(layout, scores, multiplicity, n_bins)
-        for multiplicity in _multiplicities(n, group, strata, n_resamples, seed)
-    ]
-    metrics = {
-        name: _with_interval(name, value[0], np.concatenate([block[name] for block in resampled]))
-        for name, value in _all_measures(layout, scores, whole, n_bins).items()
+    units = _units(len(sample), group, strata)
+    asked = {
+        **{metric: (metric, n_bins) for metric in METRICS if metric not in AT},
+        **{("coverage", c): ("accuracy_at_coverage", c) for c in COVERAGES},
+        **{("risk", r): ("coverage_at_risk", r) for r in RISKS},
     }
-    # The bootstrap of a maximum over bins says nothing of the maximum: no interval.
-    mce, mce_count = maximum_calibration_error(confidence, correct, n_bins)
-    metrics["mce"] = {"estimate": mce, "count": mce_count}
-    for name, error in _null_errors(confidence, CALIBRATION_ERRORS, n_bins, 1000, seed).items():
-        metrics[name]["null_mean"] = float(error.mean())
-        metrics[name]["null_p95"] = float(np.quantile(error, 0.95))
+    metrics = _intervals(sample.evaluator(units, asked), asked, units, n_resamples, seed, 0.95)
+    metrics["mce"]["count"] = sample.mce_count(n_bins)
+    kernels = _error_kernels(CALIBRATION_ERRORS, n_bins)
+    if group is not None:
+        kernels |= {name: statistic for name, (statistic, _) in CALIBRATION_TESTS.items()}
+    null = sample.null(kernels, n_resamples, seed, units, group)
+    for name in CALIBRATION_ERRORS:
+        _add_null(metrics[name], null[name])
     at_coverage = [{"coverage": c, **metrics.pop(("coverage", c))} for c in COVERAGES]
     at_risk = [{"risk": r, **metrics.pop(("risk", r))} for r in RISKS]
-    high_rows = correct[confidence >= HIGH_CONFIDENCE]
-    cells = layout.cells(whole)
+    high_rows = sample.correct[sample.confidence >= HIGH_CONFIDENCE]
+    cells = sample.layout.cells(np.ones((1, len(sample))))
+    tests = {name: _calibration_test(name, cells, null.get(name)) for name in CALIBRATION_TESTS}
+    for name, result in tests.items():
+        if np.isnan(result["statistic"]):
+            tests[name] = {"statistic": None, "p_value": None, "reason": UNDEFINED[name]}
     return {
-        "n": n,
-        "n_groups": None if group is None else len(np.unique(as_names("group", group))),
+        "n": len(sample),
+        "n_groups": None if group is None else units.number,
         **metrics,
         "accuracy_at_coverage": at_coverage,
         "coverage_at_risk": at_risk,
-        "kuiper": _test_of("kuiper", *_kuiper(cells)),
-        "spiegelhalter": _test_of("spiegelhalter", *_spiegelhalter(cells)),
+        **tests,
         "high_confidence": {
             "threshold": HIGH_CONFIDENCE,
             "count": len(high_rows),
-            "share": len(high_rows) / n,
+            "share": len(high_rows) / len(sample),
             "accuracy": float(high_rows.mean()) if len(high_rows) else None,
         },
     }
@@ -1122,35 +1412,36 @@ def holm(p_values):
     return result
 
 
-def _clustered_p_value(difference, member):
-    """Two-sided p-value of mean difference 0, t-test with cluster-robust variance over groups.
+def _clustered_p_value(difference, units):
+    """Two-sided p-value of mean difference 0, t-test with the variance between units of a stratum.
 
-    difference, member: (n,) value and index of the group of each row. Never below 2^(1 − groups),
-    the least that flipping the signs of whole groups could give: few groups that happen to agree
-    are no proof.
+    difference: (n,) value of each row. Never below 2^−(degrees of freedom), the least that flipping
+    the signs of whole groups could give: few groups that happen to agree are no proof.
     """
-    n, n_groups = len(difference), int(member.max()) + 1
     mean = difference.mean()
-    spread = np.bincount(member, weights=difference - mean)
-    error = np.sqrt(n_groups / (n_groups - 1) * (spread**2).sum()) / n
+    spread = units.sums((difference - mean)[:, None])[:, 0]
+    drawn = [spread[of_stratum] for of_stratum in units.of_strata if len(of_stratum) > 1]
+    freedom = sum(len(part) - 1 for part in drawn)
+    error = np.sqrt(sum(len(part) * part.var(ddof=1) for part in drawn)) / len(difference)
+    least = 2.0**-freedom
     if mean == 0:
         return 1.0
-    least = 2.0 ** (1 - n_groups)
     if error == 0:
         return least
-    return max(least, float(2 * stdtr(n_groups - 1, -np.abs(mean / error))))
+    return max(least, float(2 * stdtr(freedom, -np.abs(mean / error))))
 
 
-def compare(probabilities_by_method, label, reference="raw", group=None, seed=0):
+def compare(probabilities_by_method, label, reference="raw", group=None, strata=None, seed=0):
     """Whether each method's log-loss and Brier score differ from the reference's, row by row.
 
     probabilities_by_method: dict of (n, K) by name, the reference among them; label: (n,) int,
-    n ≥ 2; group: (n,) or None.
+    n ≥ 2; group, strata: (n,) or None, as in `bootstrap_interval`.
     Returns for every other method {"log_loss": d, "brier": d}, d being the mean of method −
     reference: {"estimate": below 0 where the method is better, "low", "high": its 95 % bootstrap
-    interval, "p_value": t-test with cluster-robust variance and groups − 1 degrees of freedom (a
-    row being its own group without group), at least 2^(1 − groups), "p_value_holm": corrected over
-    the methods, for each score}. Row differences below 1e-12 count as 0.
+    interval, "p_value": t-test with the cluster-robust variance within strata and groups − strata
+    degrees of freedom (a row being its own group without group, all one stratum without strata), at
+    least 2^−(degrees of freedom), "p_value_holm": corrected over the methods, for each score}. Row
+    differences below 1e-12 count as 0.
     Source: Liang and Zeger 1986, https://doi.org/10.1093/biomet/73.1.13 ; Holm 1979
     """
     if reference not in probabilities_by_method:
@@ -1175,10 +1466,10 @@ def compare(probabilities_by_method, label, reference="raw", group=None, seed=0)
         rows[name] = np.column_stack([_row_log_loss(*checked), _row_brier(*checked)])  # (n, 2)
     difference = np.column_stack([rows[name] - rows[reference] for name in methods])  # (n, 2M)
     difference[np.abs(difference) < ROUNDING] = 0.0
-    low, high = _mean_intervals(difference, group, 1000, seed)
+    units = _units(len(difference), group, strata)
+    low, high = _mean_intervals(difference, units, 1000, seed)
     estimate = difference.mean(axis=0)
-    member = _units(len(difference), group, None)[0]
-    p_value = np.array([_clustered_p_value(column, member) for column in difference.T])
+    p_value = np.array([_clustered_p_value(column, units) for column in difference.T])
     corrected = np.empty(len(p_value))
     for score in (0, 1):  # log-loss, Brier
         corrected[score::2] = holm(p_value[score::2])

@@ -20,10 +20,11 @@ from pathlib import Path
 import matplotlib.style
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
+from scipy.stats import binom
 
 from calibration_metrics import (
     as_count,
@@ -40,8 +41,10 @@ from decisions import (
     score_answers,
     zone_table,
 )
-from records import atomic_path, read_json
+from records import CONSISTENCY, atomic_path, read_json
 from settings import IMAGES_MANIFEST, EvaluationSettings, UserError
+from signal_comparison import COMBINED, TITLES
+from signals import method_arrays, usable_methods
 
 NEXT_STEP = "run: python generate_evaluation_cache.py --force"
 METHODS = {
@@ -53,6 +56,7 @@ MODELS = {"base": "base model", "finetuned": "fine-tuned model"}
 
 PROGRESSION_SIZES = (100, 200, 500, 1000)
 MOST_CATEGORIES = 12
+MOST_LABELS = 12  # of a confusion matrix: with more its cells have no room for numbers
 CONFIDENCE_LABEL = "confidence: probability of the predicted label"
 LONGEST_NAME = 28  # characters of a category name on an axis
 
@@ -104,6 +108,17 @@ class Evaluation:
     @property
     def models(self):
         return [model for model in (self.base, self.finetuned) if model is not None]
+
+    @property
+    def countable(self):
+        """The evaluation itself, or None if its labels are too many for a confusion matrix."""
+        return self if len(self.base.results.task.labels) <= MOST_LABELS else None
+
+    @property
+    def sampled(self):
+        """The models, or None if samples of one were hardly ever an answer."""
+        judged = [model.entry["signals"]["methods"] for model in self.models]
+        return self.models if all(CONSISTENCY in methods for methods in judged) else None
 
     @property
     def divisible(self):
@@ -251,21 +266,23 @@ def _calibration_and_test(model):
 def prepare_accuracy_comparison(models, method="raw"):
     """Accuracy of all test rows and of every category, for each model.
 
+    Where no row has a category, the true labels stand in their place.
     Returns names (G,): "all test rows", then the categories (the MOST_CATEGORIES largest) from the
-    largest gain of the last model over the first to the smallest; left_out: how many categories
-    were too many; for each model count, accuracy, wilson_low, wilson_high, (G,) each.
+    largest gain of the last model over the first to the smallest; what: "categories" or "labels";
+    left_out: how many of these were too many; for each model count, accuracy, wilson_low,
+    wilson_high, (G,) each.
     """
-    categories, sizes = np.unique(
-        np.concatenate([model.category for model in models]), return_counts=True
-    )
+    what, part_of = "categories", {model.name: model.category for model in models}
+    if not any(part.any() for part in part_of.values()):
+        what, part_of = "labels", {model.name: model.label_name for model in models}
+    categories, sizes = np.unique(np.concatenate(list(part_of.values())), return_counts=True)
     categories = categories[np.argsort(-sizes, kind="stable")]
-    if categories.tolist() == [""]:
-        categories = categories[:0]
     kept = categories[:MOST_CATEGORIES]
 
     def numbers(model, categories):
         _, correct = model.confidence(method)
-        parts = [np.ones(len(correct), dtype=bool), *(model.category == c for c in categories)]
+        part = part_of[model.name]
+        parts = [np.ones(len(correct), dtype=bool), *(part == c for c in categories)]
         columns = []
         for rows in parts:
             column = (0, np.nan, np.nan, np.nan)
@@ -281,9 +298,29 @@ def prepare_accuracy_comparison(models, method="raw"):
     return {
         "method": method,
         "names": ["all test rows", *(str(c) or "no category" for c in kept)],
+        "what": what,
         "left_out": len(categories) - len(kept),
         "models": {model.name: numbers(model, kept) for model in models},
     }
+
+
+def prepare_confusion(models, method="raw"):
+    """Which label each model answered, by the true label.
+
+    Returns labels (K,), and for each model counts (K, K) int: true label by answered label; share
+    (K, K): the same as fractions of a row, NaN for a label without test rows; accuracy.
+    """
+    labels = models[0].results.task.label_names
+    numbers = {}
+    for model in models:
+        _, correct = model.confidence(method)
+        answered = model.probabilities[method].argmax(axis=1)
+        counts = np.zeros((len(labels), len(labels)), dtype=np.int64)
+        np.add.at(counts, (model.label, answered), 1)
+        rows = counts.sum(axis=1, keepdims=True)
+        share = counts / np.where(rows == 0, np.nan, rows)
+        numbers[model.name] = {"counts": counts, "share": share, "accuracy": correct.mean()}
+    return {"method": method, "labels": labels, "models": numbers}
 
 
 def prepare_calibration_errors(models):
@@ -352,6 +389,92 @@ def prepare_risk_coverage(models):
             for model in models
             for method in ("raw", "platt")
         },
+    }
+
+
+def prepare_agreement(models):
+    """How often samples and wordings agree with the answer of token probability, by its confidence.
+
+    Returns for each model n_samples and their temperature; token_probability (n,): the probability
+    of that answer among all that could be said; agreement (n,): share of the samples that gave it;
+    low, high: for each of grid (g,) probabilities the central 95 % of the share of so many
+    independent samples at temperature 1; wordings: None, or count, mean_confidence, agreement
+    (bins,): the mean share of the wordings that gave the answer over the rows of each of ten
+    equal-width bins of token_probability, NaN in a bin without rows.
+    """
+    return {
+        "n": {model.name: len(model.label) for model in models},
+        "models": {model.name: _agreement(model.results) for model in models},
+    }
+
+
+def _agreement(results):
+    own, sampled = results.arrays("test"), results.arrays("test", CONSISTENCY)
+    both = np.isin(own["id"], sampled["id"])
+    answer, probability = own["predicted"][both], np.exp(own["label_logprobs"]).max(axis=1)
+    n_samples = results.run["evaluation"]["samples"]
+    temperature = results.run["evaluation"]["temperature"]
+    grid = np.linspace(0, 1, 201)
+    numbers = {
+        "n_samples": n_samples,
+        "temperature": temperature,
+        "token_probability": np.minimum(probability[both], 1.0),
+        "agreement": sampled["label_counts"][np.arange(len(answer)), answer] / n_samples,
+        "grid": grid,
+        "low": binom.ppf(0.025, n_samples, grid) / n_samples,
+        "high": binom.ppf(0.975, n_samples, grid) / n_samples,
+        "wordings": None,
+    }
+    if "paraphrase_agreement" in usable_methods(results)[0]:
+        worded = method_arrays(results, "test", "paraphrase_agreement")
+        confidence = probability[np.isin(own["id"], worded["id"])]
+        member = np.minimum((confidence * 10).astype(int), 9)
+        count = np.bincount(member, minlength=10)
+        sums = [np.bincount(member, weights=x, minlength=10) for x in (confidence, worded["score"])]
+        means = [total / np.where(count, count, np.nan) for total in sums]
+        keys = ("mean_confidence", "agreement")
+        numbers["wordings"] = {"count": count, **dict(zip(keys, means, strict=True))}
+    return numbers
+
+
+def prepare_signal_quality(models):
+    """What each method is worth and costs, from `signal_comparison.judge_signals`.
+
+    Returns names (M,) of the methods of any model, from the fewest milliseconds a text to the most,
+    combined last; for each model milliseconds, passes, and auroc and log_loss after Platt scaling
+    (_estimate, _low, _high): (M,) each, NaN for a method that it lacks.
+    """
+    tables = {model.name: model.entry["signals"]["methods"] for model in models}
+
+    def place(name):
+        costs = [table[name]["cost"]["milliseconds"] for table in tables.values() if name in table]
+        return name == COMBINED, max(costs), list(TITLES).index(name)
+
+    names = sorted({name for table in tables.values() for name in table}, key=place)
+
+    def numbers(table):
+        rows = [table.get(name) for name in names]
+
+        def column(part, *path):
+            found = [row and row[part] for row in rows]
+            for key in path:
+                found = [one and one[key] for one in found]
+            return np.array(found, dtype=np.float64)  # None becomes NaN
+
+        return {
+            "milliseconds": column("cost", "milliseconds"),
+            "passes": column("cost", "passes"),
+            **{
+                f"{key}_{part}": column("metrics", key, part)
+                for key in ("auroc", "log_loss")
+                for part in ("estimate", "low", "high")
+            },
+        }
+
+    return {
+        "n": {model.name: len(model.label) for model in models},
+        "names": names,
+        "models": {name: numbers(table) for name, table in tables.items()},
     }
 
 
@@ -802,10 +925,50 @@ def plot_accuracy_comparison(data, figure):
     _percent_axis(ax, "x")
     ax.set_xlabel("accuracy: share of right answers among the test rows")
     if data["left_out"]:
-        ax.set_ylabel(f"the {len(y) - 1} largest categories; {data['left_out']:,} more not shown")
+        more = f"{data['left_out']:,} more not shown"
+        ax.set_ylabel(f"the {len(y) - 1} largest {data['what']}; {more}")
     n = {name: numbers["count"][0] for name, numbers in data["models"].items()}
     ax.set_title(_rows_text(n))
     _legend(foot, [ax], ncols=3)
+
+
+def plot_confusion(data, figure):
+    """A matrix a model: rows are true labels, columns answers; each row adds up to 100 %.
+
+    Beside each other while the numbers have room, else below each other; the height follows.
+    """
+    k, n = len(data["labels"]), len(data["models"])
+    names = [_short(name) for name in data["labels"]]
+    longest = max(map(len, names))
+    beside = k <= 5 and longest <= 14
+    side = min(10 / n - 1.5, 5.5) if beside else min(7.5, 1.5 * k)  # inches
+    figure.set_size_inches(10, (side + 1.5) * (1 if beside else n) + 0.6)
+    figure.suptitle(f"Which label is taken for which, {METHODS[data['method']]}")
+    axes = figure.subplots(*((1, n) if beside else (n, 1)), squeeze=False).flat
+    upright = longest * k > (40 if beside else 90)
+    for (name, numbers), ax in zip(data["models"].items(), axes, strict=True):
+        color = darker(MODEL_COLORS[name], 0.15)
+        shades = LinearSegmentedColormap.from_list(name, ["white", color])
+        ax.imshow(numbers["share"], cmap=shades, vmin=0, vmax=1)
+        for i, j in np.ndindex(k, k):
+            share, count = numbers["share"][i, j], numbers["counts"][i, j]
+            text = f"{100 * share:.0f} %\n{count:,}" if count else "0"
+            weight = "bold" if i == j else "normal"
+            size = 11 if k <= 3 else 9
+            ax.text(j, i, text, ha="center", va="center", fontsize=size, fontweight=weight)
+        rows = numbers["counts"].sum(axis=1)
+        ax.set_yticks(range(k), [f"{one}\nn = {m:,}" for one, m in zip(names, rows, strict=True)])
+        ax.set_xticks(range(k), names, rotation=90 if upright else 0)
+        ax.set_xticks(np.arange(k + 1) - 0.5, minor=True)
+        ax.set_yticks(np.arange(k + 1) - 0.5, minor=True)
+        ax.grid(which="major", visible=False)
+        ax.grid(which="minor", color="white", linewidth=2)
+        ax.tick_params(which="both", length=0)
+        ax.spines[:].set_visible(False)
+        ax.set_ylabel("true label")
+        ax.set_xlabel("answer of the model")
+        accuracy = _percent(numbers["accuracy"])
+        ax.set_title(f"{MODELS[name]}: accuracy {accuracy}\nn = {rows.sum():,} test rows")
 
 
 def plot_calibration_errors(data, figure):
@@ -967,6 +1130,102 @@ def plot_training_progress(data, figure):
     _legend(foot, axes, ncols=4)
 
 
+def plot_agreement(data, figure):
+    """A panel a model: samples and wordings that agree with the answer, against its probability."""
+    body, foot = _frame(figure, "Does the answer stay? Agreement against token probability", 2)
+    axes = body.subplots(1, len(data["models"]), sharey=True, squeeze=False)[0]
+    for ax, (name, numbers) in zip(axes, data["models"].items(), strict=True):
+        color = MODEL_COLORS[name]
+        band = {"color": BAND, "alpha": 0.35, "linewidth": 0, "step": "mid"}
+        label = "95 % of independent samples"
+        ax.fill_between(numbers["grid"], numbers["low"], numbers["high"], label=label, **band)
+        ax.plot(
+            numbers["token_probability"],
+            numbers["agreement"],
+            "o",
+            color=darker(color, 0.1),
+            alpha=0.35,
+            markersize=5,
+            markeredgewidth=0,
+            clip_on=False,
+            label="a test row: share of its samples",
+        )
+        if worded := numbers["wordings"]:
+            filled = worded["count"] > 0
+            ax.plot(
+                worded["mean_confidence"][filled],
+                worded["agreement"][filled],
+                "s-",
+                color=darker(color, 0.6),
+                markersize=6,
+                linewidth=1.6,
+                zorder=5,
+                clip_on=False,
+                label="mean share of the wordings",
+            )
+        ax.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle="--", label="equal")
+        _percent_axis(ax, "x")
+        _percent_axis(ax, "y")
+        ax.set_xlabel("token probability of the answer")
+        n = len(numbers["agreement"])
+        samples = f"{numbers['n_samples']} samples each"
+        if numbers["temperature"] != 1.0:
+            samples += f" at temperature {numbers['temperature']:g}"
+        ax.set_title(f"{MODELS[name]}, n = {n:,} test rows, {samples}")
+    axes[0].set_ylabel("share that gives the same answer")
+    _legend(foot, axes, ncols=2)
+
+
+def plot_signal_quality(data, figure):
+    """A line a method, from cheap to dear: AUROC, log-loss after Platt scaling, time a text."""
+    body, foot = _frame(figure, "Every way to ask how sure: quality against cost")
+    panels = body.subplots(1, 3, sharey=True)
+    y = np.arange(len(data["names"]))
+    height = 0.8 / len(data["models"])
+    for i, (name, numbers) in enumerate(data["models"].items()):
+        at = y + (i - (len(data["models"]) - 1) / 2) * height
+        color = MODEL_COLORS[name]
+        for ax, key in zip(panels, ("auroc", "log_loss"), strict=False):
+            line = {"color": INK, "linewidth": 1.4, "zorder": 4, "label": "95 % interval"}
+            ax.hlines(at, numbers[f"{key}_low"], numbers[f"{key}_high"], **line)
+            ax.plot(
+                numbers[f"{key}_estimate"],
+                at,
+                "o",
+                color=color,
+                markeredgecolor=darker(color),
+                markersize=8,
+                zorder=5,
+                label=MODELS[name],
+            )
+        known = np.isfinite(numbers["milliseconds"])
+        panels[2].barh(
+            at[known], numbers["milliseconds"][known], height=height, left=0, **_fill(color)
+        )
+        for position, passes in zip(at[known], numbers["passes"][known], strict=True):
+            panels[2].annotate(
+                f"{passes:.3g}",
+                (0, position),
+                xytext=(3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+            )
+    panels[0].set_yticks(y, [TITLES[name] for name in data["names"]])
+    panels[0].set_ylim(len(y) - 0.5, -0.5)
+    labels = (
+        "AUROC of right against wrong,\nhigher is better",
+        "log-loss after Platt scaling,\nnats, lower is better",
+        "milliseconds a text\n(in the bar: forward passes)",
+    )
+    for ax, label in zip(panels, labels, strict=True):
+        ax.set_xlabel(label)
+        ax.grid(axis="y", visible=False)
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
+    body.supxlabel(_rows_text(data["n"]), fontsize="medium")
+    _legend(foot, panels, ncols=3)
+
+
 # ------------------------------------------------------------------------------------------ files
 
 
@@ -1024,6 +1283,13 @@ CHARTS = (
         lambda evaluation: prepare_calibrator_comparison(evaluation.models),
         plot_calibrator_comparison,
         (10, 6.4),
+    ),
+    Chart(
+        "calibration/confusion_matrix.png",
+        "countable",
+        lambda evaluation: prepare_confusion(evaluation.models),
+        plot_confusion,
+        (10, 5.6),
     ),
     Chart(
         "calibration/risk_coverage.png",
@@ -1090,6 +1356,20 @@ CHARTS = (
         prepare_training_progress,
         plot_training_progress,
         (10, 4.4),
+    ),
+    Chart(
+        "calibration/agreement.png",
+        "sampled",
+        lambda evaluation: prepare_agreement(evaluation.sampled),
+        plot_agreement,
+        (10, 5.8),
+    ),
+    Chart(
+        "calibration/signal_quality.png",
+        "base",
+        lambda evaluation: prepare_signal_quality(evaluation.models),
+        plot_signal_quality,
+        (10, 7.2),
     ),
 )
 

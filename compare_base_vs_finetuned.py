@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 
-from report import percent, prose, text_table, with_interval
+from report import few_groups_warnings, percent, prose, text_table, with_interval
 from settings import add_report_arguments, exit_code
 
 IMAGES = (
@@ -28,6 +28,7 @@ MEASURES = {  # name: title, factor and digits shown, whether lower is better
     "ece": ("ECE", 1, 3, True),
     "aurc": ("AURC", 1, 3, True),
 }
+NULL = {"null_mean": "ECE if perfect", "null_p95": "95 % stay below"}
 
 
 def parse_arguments(arguments=None):
@@ -71,7 +72,12 @@ HEADER = ["base", "fine-tuned", "difference", "p (Holm)", "better"]
 
 
 def method_text(method):
-    rows = [[MEASURES[name][0], *difference_cells(method[name], name)] for name in MEASURES]
+    rows = []
+    for name, (title, *_) in MEASURES.items():
+        rows.append([title, *difference_cells(method[name], name)])
+        for key, of_perfect in NULL.items() if name == "ece" else ():
+            null = [f"{method['ece'][key][model]:.3f}" for model in ("base", "finetuned")]
+            rows.append([of_perfect, *null, "", "", ""])
     used = method["calibrator"]
     title = f"Confidence of the base model: {used['base']}; of the fine-tuned: {used['finetuned']}"
     mcnemar = method["mcnemar"]
@@ -105,16 +111,21 @@ def overall_text(table):
         "taken on the same rows, near-duplicates drawn together. Accuracy is better when higher, "
         "the others when lower. p is the probability of a difference at least as large if there "
         "were none, corrected for the six of them (Holm); ECE and AURC are no means over rows "
-        "and have an interval only; what a perfectly calibrated model shows is in "
-        "calibration_demo.py. The second table uses for either model the calibrator that "
-        "its calibration rows chose."
+        "and have an interval only. Below the ECE stands what either model would show by chance "
+        "if it were perfectly calibrated, near-duplicates being as alike as here: its mean, and "
+        "what 95 % of such samples stay below. The second table uses for either model the "
+        "calibrator that its calibration rows chose."
     )
     parts = [method_text(method) for method in table["methods"].values()]
     return "\n\n\n".join([*parts, prose(note)])
 
 
+def part_warnings(parts):
+    return few_groups_warnings({part["name"]: part["n_groups"] for part in parts})
+
+
 def breakdown_text(parts, what):
-    """Accuracy by category or domain; what: its plural."""
+    """Accuracy by label, category or domain; what: its plural."""
     if not parts:
         return f"The rows of this cache have no {what}."
     rows = [
@@ -129,12 +140,12 @@ def breakdown_text(parts, what):
         for part in parts
     ]
     header = [what, "rows", "groups", *HEADER, "log-loss", "p (Holm)"]
-    return (
-        f"{text_table(header, rows)}\n\n"
-        "How to read it: accuracy in %, under the calibrators chosen, from the largest gain to\n"
-        f"the least; p is corrected for the {len(parts)} {what}. log-loss: fine-tuned minus base,\n"
+    how = (
+        "How to read it: accuracy in %, under the calibrators chosen, from the largest gain to "
+        f"the least; p is corrected for the {len(parts)} {what}. log-loss: fine-tuned minus base, "
         "better below 0. A dash: one group of near-duplicates, which says nothing about chance."
     )
+    return "\n\n".join([text_table(header, rows), *map(prose, [how, *part_warnings(parts)])])
 
 
 def ranking_text(ranking):
@@ -153,6 +164,10 @@ def ranking_text(ranking):
     )
 
 
+def test_warnings(table):
+    return few_groups_warnings({"test rows": table["n_groups"]})
+
+
 def comparison_text(table):
     title = (
         f"Base against fine-tuned model: the same {table['n']:,} test rows in "
@@ -162,8 +177,9 @@ def comparison_text(table):
         title += f"; {table['left_out']:,} rows that only one of them scored are left out"
     return "\n\n\n".join(
         [
-            prose(title),
+            "\n\n".join(map(prose, [title, *test_warnings(table)])),
             overall_text(table),
+            breakdown_text(table["labels"], "labels"),
             breakdown_text(table["categories"], "categories"),
             breakdown_text(table["domains"], "domains"),
             ranking_text(table["ranking"]),
@@ -176,7 +192,13 @@ def report_comparison(settings):
 
     pair = (load_model(settings.cache_dir, name) for name in ("base", "finetuned"))
     table = model_comparison(*pair)
-    print(json.dumps(table, allow_nan=False) if settings.json else comparison_text(table))
+    if settings.json:
+        warnings = test_warnings(table)
+        for parts in (table["categories"], table["domains"]):
+            warnings += part_warnings(parts)
+        print(json.dumps({**table, "warnings": warnings}, allow_nan=False))
+    else:
+        print(comparison_text(table))
     if not settings.no_images:
         import charts
 

@@ -35,7 +35,6 @@ from calibration_metrics import (
     as_labels,
     as_probabilities,
     aurc,
-    bootstrap_interval,
     brier_score,
     check_same_length,
     clustered_wilson_interval,
@@ -44,6 +43,7 @@ from calibration_metrics import (
     holm,
     log_loss,
     maximum_calibration_error,
+    measure,
     null_calibration_error,
 )
 from records import (
@@ -94,9 +94,20 @@ class ModelEvaluation:
         return probabilities.max(axis=1), probabilities.argmax(axis=1) == self.label
 
     @property
+    def label_name(self):
+        """(n,) str, the name of each true label."""
+        return np.array(self.results.task.label_names)[self.label]
+
+    @property
     def selected(self):
         """Name of the calibrator that cross-fitting on the calibration rows chose."""
         return self.entry["selection"]["chosen"]
+
+    @property
+    def n_groups(self):
+        """{"calibration": near-duplicate groups of the scored calibration rows, "test": ...}"""
+        group = {"calibration": self.results.arrays("calibration")["group"], "test": self.group}
+        return {split: len(np.unique(names)) for split, names in group.items()}
 
     @property
     def bins(self):
@@ -149,7 +160,7 @@ def load_model(cache_dir, name=None):
 def _model_evaluation(name, entry, results):
     if entry["identity"]["fingerprint"] != results.identity["fingerprint"]:
         raise ValueError(f"{name}_model_results.json is of another model")
-    if missing := {"calibrators", "selection", "comparison"} - set(entry):
+    if missing := {"calibrators", "selection", "comparison", "signals"} - set(entry):
         raise ValueError(f"{name} has no {min(missing)!r}")
     test, rows = entry["test"], results.arrays("test")
     if strangers := set(test["ids"]).difference(rows["id"]):
@@ -250,7 +261,7 @@ def calibrator_comparison(model):
     return {
         "model": model.name,
         "n": len(model.label),
-        "n_groups": len(np.unique(model.group)),
+        "n_groups": model.n_groups["test"],
         "n_calibration": len(model.results.arrays("calibration")["label"]),
         "calibrators": rows,
         "better": decided(-1),
@@ -313,7 +324,7 @@ def _paired_scores(pair, names, label, group, seed):
     # As probabilities, hard answers have a Brier score of 1 where they are wrong, else 0.
     hard = [np.eye(p.shape[1])[p.argmax(axis=1)] for p in pair]
     soft, wrong = (
-        compare(dict(zip(names, of, strict=True)), label, names[0], group, seed)[names[1]]
+        compare(dict(zip(names, of, strict=True)), label, names[0], group, seed=seed)[names[1]]
         for of in (pair, hard)
     )
     error = wrong["brier"]
@@ -382,7 +393,7 @@ def _ranking(candidates, label, group, seed):
     pairs = []
     for i, worse in enumerate(order[1:], start=1):
         ahead = {key: candidates[key] for key in order[: i + 1]}
-        tests = compare(ahead, label, worse, group, seed)
+        tests = compare(ahead, label, worse, group, seed=seed)
         pairs += [(better, worse, tests[better]["log_loss"]) for better in order[:i]]
     _with_holm([test for _, _, test in pairs])
     return [
@@ -401,26 +412,27 @@ def _ranking(candidates, label, group, seed):
 
 
 def _curve_differences(pair, names, label, group, n_bins, seed):
-    """{"ece", "aurc"}: value of each model, and the bootstrap interval of the paired difference."""
+    """{"ece", "aurc"}: value of each model, and the interval of the paired difference.
 
-    def of_one(confidence, correct):
-        ece = expected_calibration_error(confidence, correct, n_bins)
-        return np.array([ece, aurc(confidence, correct)])
-
-    columns = [column for p in pair for column in (p.max(axis=1), p.argmax(axis=1) == label)]
-    first, second = of_one(*columns[:2]), of_one(*columns[2:])
-    low, high = bootstrap_interval(
-        lambda a, right_a, b, right_b: of_one(b, right_b) - of_one(a, right_a),
-        *columns,
-        group=group,
-        seed=seed,
-    )
-    keys = (*names, "estimate", "low", "high")
-    rows = np.column_stack([first, second, second - first, low, high]).tolist()
-    return {
-        measure: dict(zip(keys, row, strict=True))
-        for measure, row in zip(("ece", "aurc"), rows, strict=True)
+    The ECE also has the null_mean and the null_p95 of each model.
+    """
+    first, second = pair
+    answers = [(p.max(axis=1), p.argmax(axis=1) == label) for p in pair]
+    table = {
+        "ece": [expected_calibration_error(*one, n_bins) for one in answers],
+        "aurc": [aurc(*one) for one in answers],
     }
+    for measured, values in table.items():
+        table[measured] = dict(zip(names, values, strict=True)) | measure(
+            measured, second, label, (first, label), group, n_bins=n_bins, seed=seed
+        )
+    null = [
+        null_calibration_error(confidence, n_bins, seed=seed, correct=correct, group=group)
+        for confidence, correct in answers
+    ]
+    for key, values in zip(("null_mean", "null_p95"), zip(*null, strict=True), strict=True):
+        table["ece"][key] = dict(zip(names, values, strict=True))
+    return table
 
 
 def model_comparison(first, second, seed=0):
@@ -433,11 +445,13 @@ def model_comparison(first, second, seed=0):
         accuracy, log_loss, brier: value of each model, "estimate", "low", "high" of the
             difference, "p_value" of the clustered t-test, "p_value_holm" over both methods and
             the three scores;
-        ece, aurc: likewise without p-values: they are no means over rows;
+        ece, aurc: likewise without p-values, for they are no means over rows; ece also with
+            null_mean and null_p95, what either model would show if it were perfectly calibrated;
         mcnemar: `mcnemar_test`;
         high_confidence: for each model rows of confidence ≥ 0.9 and their accuracy, None if none;
-      categories, domains: the three scores under "selected", one entry a category, from the
-        largest gain in accuracy to the least; p_value_holm is over the categories, score by score;
+      labels, categories, domains: the three scores under "selected", one entry a true label (or
+        category, domain), from the largest gain in accuracy to the least; p_value_holm is over
+        the entries, score by score;
       ranking: both models, raw and selected, by log-loss, with those that each beats (Holm over all
         pairs).
     Raises UserError when the rows that both have are of fewer than 2 groups.
@@ -445,8 +459,9 @@ def model_comparison(first, second, seed=0):
     models, names = (first, second), (first.name, second.name)
     ids = [np.array(model.entry["test"]["ids"]) for model in models]
     _, *places = np.intersect1d(*ids, assume_unique=True, return_indices=True)
-    label, category, domain, group = (
-        getattr(first, key)[places[0]] for key in ("label", "category", "domain", "group")
+    label, label_name, category, domain, group = (
+        getattr(first, key)[places[0]]
+        for key in ("label", "label_name", "category", "domain", "group")
     )
     n_groups = len(np.unique(group))
     if n_groups < 2:
@@ -475,6 +490,7 @@ def model_comparison(first, second, seed=0):
         "n_groups": n_groups,
         "left_out": len(set(ids[0].tolist()) ^ set(ids[1].tolist())),
         "methods": methods,
+        "labels": _breakdown(label_name, pair, names, label, group, seed),
         "categories": _breakdown(category, pair, names, label, group, seed),
         "domains": _breakdown(domain, pair, names, label, group, seed),
         "ranking": _ranking(candidates, label, group, seed),
@@ -506,7 +522,7 @@ def pitfalls(model, seed=0):
         "model": model.name,
         "same_rows": _same_rows(fitting, test, seed),
         "platt_on_probabilities": _platt_on_probabilities(model, fitting, seed),
-        "empty_bins": _empty_bins(*model.confidence("platt"), seed),
+        "empty_bins": _empty_bins(*model.confidence("platt"), model.group, seed),
         "naive_cutoffs": _naive_cutoffs(fitting, seed),
     }
 
@@ -522,7 +538,9 @@ def _same_rows(fitting, test, seed):
             "n": len(correct),
             "log_loss": log_loss(probabilities, rows["label"]),
             "ece": expected_calibration_error(confidence, correct),
-            "ece_null_mean": null_calibration_error(confidence, seed=seed)[0],
+            "ece_null_mean": null_calibration_error(
+                confidence, seed=seed, correct=correct, group=rows["group"]
+            )[0],
         }
     return result
 
@@ -535,20 +553,22 @@ def _platt_on_probabilities(model, fitting, seed):
         wrong[:, k] = platt.predict_proba(target[:, k])
     wrong /= wrong.sum(axis=1, keepdims=True)
     measured = {"margin": model.probabilities["platt"], "probabilities": wrong}
-    difference = compare(measured, model.label, "margin", model.group, seed)["probabilities"]
+    difference = compare(measured, model.label, "margin", model.group, seed=seed)
     return {
         "raw": log_loss(target, model.label),
         **{name: log_loss(p, model.label) for name, p in measured.items()},
-        "difference": difference["log_loss"],
+        "difference": difference["probabilities"]["log_loss"],
     }
 
 
-def _empty_bins(confidence, correct, seed):
+def _empty_bins(confidence, correct, group, seed):
     rows = []
     for n_bins in PITFALL_BINS:
         mce, count = maximum_calibration_error(confidence, correct, n_bins)
         null = {
-            metric: null_calibration_error(confidence, n_bins, seed=seed, metric=metric)[0]
+            metric: null_calibration_error(
+                confidence, n_bins, seed=seed, metric=metric, correct=correct, group=group
+            )[0]
             for metric in ("mce", "ece")
         }
         rows.append(

@@ -8,14 +8,10 @@ Layer 1: numpy; pyarrow only when a Parquet file is read. Nothing depends on the
 the same texts with the same seed are divided alike, however they are sorted.
 """
 
-import csv
-import gzip
 import hashlib
-import io
 import json
 import re
 import warnings
-import zlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +21,14 @@ import numpy as np
 
 from records import Example
 from settings import DATASET_DIR, SPLITS, DataSettings, Task, UserError, fingerprint
+from table_files import (
+    csv_records,
+    file_format,
+    json_records,
+    open_parquet,
+    parquet_batches,
+    text_lines,
+)
 
 DATASET_LABELS = ("positive", "negative")
 CATEGORIES = tuple(
@@ -32,6 +36,7 @@ CATEGORIES = tuple(
     for tone in ("strong", "medium", "weak", "neutral")
     for label in DATASET_LABELS
 )
+PARQUET_ROWS = 10_000  # of one batch
 GRAM_WORDS = 5  # words of an n-gram; a text with fewer words is one n-gram as a whole
 CONTAINMENT = 0.5  # share of the shorter text's n-grams from which two texts are near-duplicates
 # Rows of a thousand that are held out; the rest is the train split. 80/20, then a tenth of the 80.
@@ -149,9 +154,12 @@ def group_examples(examples: list[Example]) -> list[Example]:
     return [replace(e, group=name[find(i)]) for i, e in enumerate(examples)]
 
 
-def split_examples(examples: list[Example], seed: int) -> list[Example]:
+def split_examples(
+    examples: list[Example], seed: int, held_out: dict[str, int] = HELD_OUT_PER_MILLE
+) -> list[Example]:
     """The same examples with `split` set: 72 % train, 8 % validation, 10 % calibration, 10 % test.
 
+    held_out: other shares of test, calibration and validation, in rows of a thousand.
     A group is never divided; an example without a group is one by itself. Every stratum, that is
     every label and category, gives each split its share as exactly as the sizes of the groups
     allow. A group that spans strata counts as one of its majority; such groups are dealt out first,
@@ -178,7 +186,8 @@ def split_examples(examples: list[Example], seed: int) -> list[Example]:
                 rows.update(parts[name])
         owed: Counter[tuple[str, str]] = Counter()  # 1/1000 rows by label and split, carried on
         for stratum in sorted(led_by):
-            split_of.update(_deal_out(stratum, led_by[stratum], parts, rows, held, owed))
+            dealt = _deal_out(stratum, led_by[stratum], parts, rows, held, owed, held_out)
+            split_of.update(dealt)
 
     for label in sorted({e.label for e in examples}):
         names = sorted(n for n in parts if lead[n][0] == label)
@@ -193,7 +202,7 @@ def split_examples(examples: list[Example], seed: int) -> list[Example]:
                 spare = [n for n in names if split_of[n] == max(SPLITS, key=counts.__getitem__)]
                 split_of[min(spare, key=lambda n: parts[n].total())] = split
     total = Counter(split_of[e.group or e.id] for e in examples)
-    for split, share in HELD_OUT_PER_MILLE.items():
+    for split, share in held_out.items():
         if 2000 * total[split] < share * len(examples):
             warnings.warn(
                 f"only {total[split]} of {len(examples)} rows fell to {split}, not {share / 10} %; "
@@ -267,10 +276,11 @@ def _deal_out(
     rows: Counter[Stratum],
     held: Counter[tuple[Stratum, str]],
     owed: Counter[tuple[str, str]],
+    held_out: dict[str, int],
 ) -> dict[str, str]:
     """The split of every group in `names`, all led by `stratum`; updates `held` and `owed`."""
     split_of: dict[str, str] = {}
-    for split, share in HELD_OUT_PER_MILLE.items():
+    for split, share in held_out.items():
         debt = stratum[0], split
         owed[debt] += share * rows[stratum] - 1000 * held[stratum, split]
         # What other strata owe because their groups are large must not empty a small stratum.
@@ -310,7 +320,7 @@ def _load_dataset(folder: Path) -> list[Example]:
     """The eight category files and index.csv of `folder`."""
     restore = "run: python dataset/generate_dataset.py"
     index_path = folder / "index.csv"
-    columns, entries = _csv_rows(_read_text(index_path, restore), index_path, ",")
+    columns, entries = _csv_rows(index_path, ",", restore)
     if columns != ["id", "frame", "domain"]:
         raise UserError(f"{index_path} must have the columns id,frame,domain; {restore}")
     index = {entry["id"]: entry for _, entry in entries}
@@ -319,9 +329,9 @@ def _load_dataset(folder: Path) -> list[Example]:
     for category in CATEGORIES:
         path = folder / f"{category}.txt"
         n_before = len(examples)
-        for number, line in enumerate(_read_text(path, restore).split("\n"), 1):
+        for number, line in enumerate(text_lines(path, restore), 1):
             where = f"{path} line {number}"
-            if found := CONTROL.search(line.removesuffix("\r")):
+            if found := CONTROL.search(line):
                 raise UserError(
                     f"{where} has the control character U+{ord(found[0]):04X}; remove it"
                 )
@@ -453,88 +463,34 @@ def _label(value: Any, where: str, column: str, task: Task) -> str:
 
 def _table_rows(path: Path, used: tuple[str | None, ...]) -> tuple[list[str], list[Row]]:
     """All column names, and the rows with at least the columns `used`; by the file's extension."""
-    kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    kind = file_format(path, ("csv", "tsv", "jsonl", "json"))
     restore = "give the path of an existing file with --data"
     if kind in ("csv", "tsv"):
-        return _csv_rows(_read_text(path, restore), path, "," if kind == "csv" else "\t")
-    if kind in ("json", "jsonl"):
-        return _json_rows(_read_text(path, restore), path)
-    if kind == "parquet" and path.suffix.lower() == ".parquet":
+        return _csv_rows(path, "," if kind == "csv" else "\t", restore)
+    if kind == "parquet":
         return _parquet_rows(path, restore, used)
-    raise UserError(
-        f"{path} has no extension that is read here; use .csv, .tsv, .jsonl or .json, each also "
-        "with .gz, or .parquet"
-    )
+    return _json_rows(path, restore)
 
 
-def _read_text(path: Path, restore: str) -> str:
-    """The text of a UTF-8 file, unpacked if its name ends in .gz."""
-    try:
-        raw = path.read_bytes()
-        if path.suffix.lower() == ".gz":
-            raw = gzip.decompress(raw)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; {restore}") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is not a whole gzip file ({error}); pack it again") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); {restore}") from None
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"{path} line {line} is not UTF-8 (byte 0x{raw[error.start]:02x}); save the file with "
-            "the encoding UTF-8"
-        ) from None
-
-
-def _csv_rows(text: str, path: Path, delimiter: str) -> tuple[list[str], list[Row]]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[Row] = []
-    columns: list[str] = []
-    line = 1
-    try:
-        for cells in reader:
-            if cells and not columns:
-                columns = cells
-                if twice := [name for name, n in Counter(columns).items() if n > 1]:
-                    raise UserError(f"{path} has the column {twice[0]!r} twice; rename one of them")
-            elif cells:
-                if len(cells) != len(columns):
-                    raise UserError(
-                        f"{path} line {line} has {len(cells)} fields, the header {len(columns)}; "
-                        'put "..." around a text that holds a separator or a line break'
-                    )
-                rows.append((f"line {line}", dict(zip(columns, cells, strict=True))))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(
-            f"{path} line {line} is malformed ({error}); close every quote, and double a quote "
-            'inside a quoted text: ""'
-        ) from None
+def _csv_rows(path: Path, delimiter: str, restore: str) -> tuple[list[str], list[Row]]:
+    records = csv_records(path, delimiter, restore)
+    _, columns = next(records, (1, []))
+    rows = [(f"line {line}", dict(zip(columns, cells, strict=True))) for line, cells in records]
     if not rows:
         raise UserError(f"{path} has no rows; it needs a header line and a line for every text")
     return columns, rows
 
 
-def _json_rows(text: str, path: Path) -> tuple[list[str], list[Row]]:
+def _json_rows(path: Path, restore: str) -> tuple[list[str], list[Row]]:
     rows: list[Row] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if "\\u" in line:  # an escape can spell half a character, which no file can hold
+    for number, line, row in json_records(path, restore):
+        if "\\u" in line:  # an escape can spell half a character, which no file can hold
+            try:
                 json.dumps(row, ensure_ascii=False).encode("utf-8")
-            problem = None if isinstance(row, dict) else f"a {type(row).__name__}"
-        except (ValueError, RecursionError) as error:
-            problem = str(error)
-        if problem:
-            raise UserError(
-                f"{path} line {number} is not a JSON object ({problem}); write one object a line, "
-                "for a JSON array: jq -c '.[]'"
-            )
+            except UnicodeEncodeError as error:
+                raise UserError(
+                    f"{path} line {number} holds half a character ({error.reason}); correct it"
+                ) from None
         rows.append((f"line {number}", row))
     if not rows:
         raise UserError(f"{path} has no rows; it needs a JSON object on a line for every text")
@@ -544,20 +500,11 @@ def _json_rows(text: str, path: Path) -> tuple[list[str], list[Row]]:
 def _parquet_rows(
     path: Path, restore: str, used: tuple[str | None, ...]
 ) -> tuple[list[str], list[Row]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{path} needs pyarrow; run: python -m pip install pyarrow") from None
-    try:
-        file = parquet.ParquetFile(path)
+    with open_parquet(path, restore) as file:
         columns = file.schema_arrow.names
-        table = file.read(columns=[name for name in columns if name in used])
-        table.validate(full=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; {restore}") from None
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} is not a sound Parquet file ({error}); write it again") from None
-    if not file.metadata.num_rows:
+    wanted = [name for name in columns if name in used]
+    batches = parquet_batches(path, restore, wanted, PARQUET_ROWS)
+    rows = [row for batch in batches for row in batch.to_pylist()]
+    if not rows:
         raise UserError(f"{path} has no rows; it needs a row for every text")
-    return columns, [(f"row {n}", row) for n, row in enumerate(table.to_pylist(), 1)]
+    return columns, [(f"row {n}", row) for n, row in enumerate(rows, 1)]

@@ -177,7 +177,10 @@ def score_answers(calibration, test, seed=0):
 def _on_test_rows(answers, threshold, alpha):
     """What a threshold does to the test rows; kept is None where nothing is automated."""
     risk = selective_risk(answers.confidence, answers.correct, threshold, group=answers.group)
-    return risk | {"kept": None if risk["risk"] is None else risk["risk"] <= alpha}
+    automated = answers.confidence >= (np.inf if threshold is None else threshold)
+    expected = float((1 - answers.confidence[automated]).sum())
+    kept = None if risk["risk"] is None else risk["risk"] <= alpha
+    return risk | {"expected_errors": expected, "kept": kept}
 
 
 def automation(scored, promises=PROMISES, delta=DELTA, seed=0):
@@ -193,8 +196,9 @@ def automation(scored, promises=PROMISES, delta=DELTA, seed=0):
         certified: `risk_control.certify_threshold` on the certifying rows, with
             "abstention_bound", the share that a person must answer whatever the ranking;
         naive: {"threshold"}: the lowest cut-off whose error on the same rows is at most alpha;
-        both with "test": `risk_control.selective_risk` on the test rows, and in it "kept": whether
-            the share of errors there is at most alpha, None where nothing is automated.
+        both with "test": `risk_control.selective_risk` on the test rows, and in it
+            "expected_errors": as many as the confidences of the automated rows announce, and
+            "kept": whether the share of errors is at most alpha, None where nothing is automated.
     """
     certifying, test = scored.certifying, scored.test
     rows = []
@@ -311,9 +315,9 @@ def _certified_on(rows, test, alpha, delta, seed):
     }
 
 
-def _null(confidence, n_bins, seed):
-    mean, p95 = null_calibration_error(confidence, n_bins=n_bins, seed=seed)
-    return {"mean": mean, "p95": p95}
+def _null(confidence, n_bins, seed, correct=None, group=None):
+    null = null_calibration_error(confidence, n_bins, seed=seed, correct=correct, group=group)
+    return dict(zip(("mean", "p95"), null, strict=True))
 
 
 def _band(values):
@@ -334,8 +338,8 @@ def sample_size_curves(
     Returns a dict:
       n_calibration, n_test, promise, delta, n_draws, n_bins;
       raw: {"log_loss" (nats), "ece"} of the uncalibrated probabilities on the test rows;
-      test_null: {"mean", "p95"} of the ECE of a perfectly calibrated model on the test rows: what
-          no calibrator can be seen to beat;
+      test_null: {"mean", "p95"} of the ECE of a perfectly calibrated model on the test rows, their
+          groups being as alike as they are: what no calibrator can be seen to beat;
       sizes: one dict a size:
           n: rows asked for, at last all calibration rows; rows: mean number of rows drawn;
           platt, isotonic: {"log_loss", "ece"}, each {"mean", "low", "high"}: mean and 5 to 95 %
@@ -352,7 +356,7 @@ def sample_size_curves(
     n_draws = as_count("n_draws", n_draws)
     alpha = _error_of(promise)
     whole = fit_calibrator("platt", calibration)
-    spread = calibrated_answers(whole, test).confidence
+    answers = calibrated_answers(whole, test)
     n_calibration = len(calibration["label"])
     sizes = []
     for n in (*(size for size in CURVE_SIZES if size < n_calibration), n_calibration):
@@ -373,7 +377,7 @@ def sample_size_curves(
             "broken": float(np.mean([o["broken"] for o in outcomes])),
         }
         ranks = (np.arange(n) + 0.5) / n
-        null_ece = _null(np.quantile(spread, ranks), n_bins, seed)
+        null_ece = _null(np.quantile(answers.confidence, ranks), n_bins, seed)
         sizes.append(
             {"n": n, "rows": float(np.mean(drawn)), **by_method}
             | {"null_ece": null_ece, "certified": certified}
@@ -386,7 +390,7 @@ def sample_size_curves(
         "n_draws": n_draws,
         "n_bins": n_bins,
         "raw": _scores(fit_calibrator("raw", calibration), test, n_bins),
-        "test_null": _null(spread, n_bins, seed),
+        "test_null": _null(answers.confidence, n_bins, seed, answers.correct, answers.group),
         "sizes": sizes,
     }
 

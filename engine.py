@@ -12,7 +12,7 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import psutil
@@ -122,6 +122,20 @@ def next_token_logits(model, sequences, positions=None, prefix=None):
     return logits.float()
 
 
+class OneForward(torch.nn.Module):
+    """A model and a loss that sends two batches through it, as one module with one forward pass.
+
+    Several processes wrap this instead of the model: gradients are then exchanged once.
+    """
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, *arguments):
+        return self.loss(self.model, *arguments)
+
+
 class Float32Head(torch.nn.Linear):
     """An output head that multiplies in float32 at inference, whatever its weights are stored in.
 
@@ -149,8 +163,9 @@ def sharing_problem(model, prompts, prefix_length, tolerance):
 
     prompts: lists of token ids of different lengths; all are given the first `prefix_length` tokens
     of the shortest. tolerance: largest |Δ probability|; log-probabilities may differ by three times
-    this share of what they differ between prompts.
+    this share of what they differ between prompts. Leaves the model in evaluation mode.
     """
+    model.eval()
     shortest = min(prompts, key=len)
     start = shortest[: max(1, min(prefix_length, len(shortest) - 1))]
     sequences = [start + ids[len(start) :] for ids in prompts]
@@ -185,32 +200,34 @@ def sharing_problem(model, prompts, prefix_length, tolerance):
 class Engine:
     """One model and the batches that go through it; shared by all tasks of a classifier.
 
-    shares_prefix: whether prefixes are shared; off until `check` has found them exact.
+    check() → why the model cannot share prefixes, or None: called once, before the first is needed.
     workers: batches scored at the same time, each with `threads` threads of the CPU.
     budget: tokens of a batch, padding included; a longer row is a batch of its own.
     """
 
-    def __init__(self, model, batch_tokens=None):
-        self.model, self.shares_prefix, self._prefixes = model, False, {}
+    def __init__(self, model, check, batch_tokens=None):
+        self.model, self._check, self._prefixes = model, check, {}
         self.workers, self.threads = parallelism(model)
         self.budget = token_budget(model, self.workers, batch_tokens)
 
-    def check(self, prompts, prefix_length, tolerance):
-        """Share prefixes from now on if that is exact. Returns why it is not, or None."""
-        problem = sharing_problem(self.model, prompts, prefix_length, tolerance)
-        self.shares_prefix = problem is None
-        return problem
+    @cached_property
+    def shares_prefix(self):
+        """Whether prefixes are shared: only where that was found to be exact."""
+        return self._check() is None
 
     def prefix(self, ids, adapter_active, keep=True):
         """`SharedPrefix` of token ids with the present weights, or None.
 
-        Computed once for each state of the adapter and again when a weight was changed in place.
-        keep: false where two passes differ (dropout): it is computed for this call alone.
+        Computed once for each state of the adapter, and again when a weight was changed in place.
+        It is computed for this call alone while weights are being trained (not every optimizer
+        leaves a trace of its changes) and where `keep` is false (dropout makes two passes differ).
         """
         if not self.shares_prefix or not ids:
             return None
+        weights = list(self.model.parameters())
+        keep = keep and not any(p.requires_grad for p in weights)
         key = (id(self.model), adapter_active, tuple(ids))
-        version = sum(p._version for p in self.model.parameters())
+        version = sum(p._version for p in weights)
         known_version, prefix = self._prefixes.get(key, (None, None))
         if keep and known_version == version:
             return prefix

@@ -40,7 +40,7 @@ from settings import (
     resolve_model,
 )
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2  # of how an adapter is made: another one, another adapter
 RESULT_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -55,72 +55,80 @@ NEXT_STEP = "run: python fine_tune_model.py --force-retrain"
 def training_fingerprint(data_print, task, model_print, training):
     """Identity of a fine-tuning run: the same one on the same machine gives the same adapter."""
     return fingerprint(
-        [MANIFEST_VERSION, data_print, task.to_json(), model_print, asdict(training)]
+        [MANIFEST_VERSION, data_print, task.asked.to_json(), model_print, asdict(training)]
     )
 
 
 class AnswerBatches:
     """The prompts and answers of the training rows, in batches of similar length.
 
-    A target is the first answer word of the row's label (its first token, or all of its tokens
-    where labels are scored whole). The order is a pure function of (seed, epoch).
+    encoders: one, or those of a lettered task, one for each order of its options; each row is asked
+    in an order drawn anew every epoch. A target is the first answer word of the row's label (its
+    first token, or all of its tokens where labels are scored whole). Batches, and the orders in
+    them, are a pure function of (seed, epoch).
     """
 
-    def __init__(self, encoder, examples, batch_size, seed):
+    def __init__(self, encoders, examples, batch_size, seed):
         self.batch_size, self.seed = batch_size, seed
-        if encoder.label_ids is not None:
-            words = [ids[:1] for ids in encoder.label_ids]
-        else:
-            words = [answers[0] for answers in encoder.label_words]
-        names = encoder.task.label_names
-        encoded = encoder.encode([e.text.strip() for e in examples])
-        self.rows = [
-            (ids, words[names.index(e.label)])
-            for (ids, _), e in zip(encoded, examples, strict=True)
-        ]
+        texts = [e.text.strip() for e in examples]
+        self.orders = []  # for each order its rows: (prompt ids, answer ids)
+        for encoder in encoders:
+            if encoder.label_ids is not None:
+                words = [ids[:1] for ids in encoder.label_ids]
+            else:
+                words = [answers[0] for answers in encoder.label_words]
+            names = encoder.task.label_names
+            self.orders.append(
+                [
+                    (ids, words[names.index(e.label)])
+                    for (ids, _), e in zip(encoder.encode(texts), examples, strict=True)
+                ]
+            )
 
     def epoch(self, number):
         """The batches of one epoch: lists of (prompt ids, answer ids)."""
         import numpy as np
 
+        n = len(self.orders[0])
+        drawn = np.random.default_rng([self.seed, number, 1]).integers(len(self.orders), size=n)
+        rows = [self.orders[order][i] for i, order in enumerate(drawn)]
         rng = np.random.default_rng([self.seed, number])
-        shuffled = rng.permutation(len(self.rows))
+        shuffled = rng.permutation(n)
         pool = 50 * self.batch_size  # sorted by length within a pool: little padding, still random
         batches = []
         for start in range(0, len(shuffled), pool):
-            part = sorted(shuffled[start : start + pool], key=lambda i: len(self.rows[i][0]))
+            part = sorted(shuffled[start : start + pool], key=lambda i: len(rows[i][0]))
             batches += [
-                [self.rows[i] for i in part[k : k + self.batch_size]]
+                [rows[i] for i in part[k : k + self.batch_size]]
                 for k in range(0, len(part), self.batch_size)
             ]
         return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def answer_loss(model, batch, device):
+def answer_loss(model, batch, share=True):
     """Mean over the rows of the negative log-probability (nats) of the answer tokens.
 
-    Only the positions that predict answer tokens reach the output head. Rows are padded on the
-    right, which a causal model never looks at.
+    Only the positions that predict answer tokens reach the output head. share: what all prompts of
+    the batch begin with goes through the model once, and gradients flow back through it, so that
+    the result is the same.
     """
     import torch
     from torch.nn.functional import cross_entropy
 
+    from engine import next_token_logits, shared_prefix
+    from logprobs_confidence import common_length
+
+    prompts = [ids for ids, _ in batch]
+    prefix = None
+    if share and len(batch) > 1:
+        common = min(common_length(prompts[0], ids) for ids in prompts[1:])
+        common = min(common, min(map(len, prompts)) - 1)  # a row needs a token of its own
+        prefix = shared_prefix(model, prompts[0][:common]) if common > 0 else None
     sequences = [ids + list(word[:-1]) for ids, word in batch]
-    ids = torch.zeros(len(batch), max(map(len, sequences)), dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-    places = [(len(p) - 1 + j, t) for p, word in batch for j, t in enumerate(word)]
-    row_of = [row for row, (_, word) in enumerate(batch) for _ in word]
-    wanted = sorted({position for position, _ in places})
-    column = {position: i for i, position in enumerate(wanted)}
-    logits = model(
-        input_ids=ids.to(device),
-        logits_to_keep=torch.tensor(wanted, device=device),
-        use_cache=False,
-    ).logits  # (B, len(wanted), V)
-    chosen = logits[torch.tensor(row_of), torch.tensor([column[p] for p, _ in places])]
-    targets = torch.tensor([token for _, token in places], device=chosen.device)
-    return cross_entropy(chosen.float(), targets, reduction="sum") / len(batch)
+    positions = [[len(ids) - 1 + j for j in range(len(word))] for ids, word in batch]
+    logits = next_token_logits(model, sequences, positions, prefix)  # (answer tokens, V)
+    targets = torch.tensor([token for _, word in batch for token in word], device=logits.device)
+    return cross_entropy(logits, targets, reduction="sum") / len(batch)
 
 
 def validate(classifier, examples, accelerator):
@@ -332,16 +340,21 @@ def train(accelerator, classifier, splits, training, checkpoint):
     import torch
     from tqdm import tqdm
 
+    from engine import OneForward
+
     state = checkpoint.read()
     model = add_adapter(classifier, training, checkpoint.last if state else None)
     classifier.model = model
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        trainable, lr=training.learning_rate, weight_decay=training.weight_decay
+        trainable, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
     )
-    wrapped = accelerator.prepare(model) if accelerator.num_processes > 1 else model
+    # Gradient checkpointing computes layers again at the backward pass and has no cache to share.
+    share = classifier.engine.shares_prefix and not model.is_activation_checkpointing
+    loss_of = OneForward(model, lambda model, batch: answer_loss(model, batch, share))
+    wrapped = accelerator.prepare(loss_of) if accelerator.num_processes > 1 else loss_of
     batches = AnswerBatches(
-        classifier.encoder, splits["train"], training.batch_size, training.train_seed
+        classifier.encoders, splits["train"], training.batch_size, training.train_seed
     )
     world, rank = accelerator.num_processes, accelerator.process_index
     per_epoch = math.ceil(len(batches.epoch(0)) / (world * training.accumulation))
@@ -377,7 +390,7 @@ def train(accelerator, classifier, splits, training, checkpoint):
             batch = order[position % len(order)]
             last = k == training.accumulation - 1
             with accelerator.no_sync(wrapped) if not last and world > 1 else torch.enable_grad():
-                loss = answer_loss(wrapped, batch, classifier.device)
+                loss = wrapped(batch)
                 (loss / training.accumulation).backward()
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):

@@ -18,6 +18,8 @@ from settings import IMAGES_MANIFEST, UserError, add_cache_arguments
 NEEDS = {
     "finetuned": "a fine-tuned model",
     "history": "a training history",
+    "countable": "a task of at most 12 labels",
+    "sampled": "samples of response consistency that were answers",
     "divisible": "calibration rows of at least 4 near-duplicate groups",
 }
 

@@ -5,10 +5,11 @@
     python generate_evaluation_cache.py --data my.csv --output-dir my_run ...
 
 Writes evaluation_cache/: base_model_results.json, finetuned_model_results.json (every row's label
-log-probabilities, and response consistency), calibrated_results.json (calibrators fitted on the
-calibration rows, judged on the test rows) and, last, evaluation_metadata.json. Everything after
-this stage reads these files and loads no model. docs/CACHE_SCHEMA.md describes them field by field.
-An interrupted run continues with the rows that are missing; the same run again says so and stops.
+log-probabilities, response consistency and the other signals of --signals), calibrated_results.json
+(calibrators and the blend of the signals, fitted on the calibration rows, judged on the test rows)
+and, last, evaluation_metadata.json. Everything after this stage reads these files and loads no
+model. docs/CACHE_SCHEMA.md describes them field by field. An interrupted run continues with the
+rows that are missing; the same run again says so and stops.
 """
 
 import argparse
@@ -16,14 +17,21 @@ import json
 import math
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import asdict
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from records import (
+    CONSISTENCY,
+    MC_DROPOUT,
     MODEL_FILES,
+    P_TRUE,
+    PARAPHRASE,
     SCHEMA_VERSION,
+    TOKEN_PROBABILITY,
+    VERBALISED,
     ModelResults,
+    Prediction,
     load_held_out,
     prediction_from_json,
     prediction_to_json,
@@ -47,6 +55,7 @@ from settings import (
 NEXT_STEP = "run: python generate_evaluation_cache.py --force"
 RETRAIN = "run: python fine_tune_model.py --force-retrain"
 CHUNK = 256  # rows between two writes of the partial results
+SIGNALS = (PARAPHRASE, MC_DROPOUT, P_TRUE, VERBALISED)  # what --signals may name
 
 
 def cache_fingerprint(held_out, data_print, task, model_print, evaluation, adapter_print):
@@ -75,7 +84,7 @@ class PartialResults:
         self.path, self.run_print = Path(path), run_print
 
     def read(self):
-        """{example id: Prediction} of an earlier, interrupted run."""
+        """{(method, example id): Prediction} of an earlier, interrupted run."""
         if not self.path.exists():
             return {}
         lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -87,7 +96,7 @@ class PartialResults:
                 row = prediction_from_json(json.loads(line))
             except (ValueError, TypeError):
                 break
-            rows[row.example_id] = row
+            rows[row.method, row.example_id] = row
         return rows
 
     def write(self, predictions):
@@ -112,48 +121,176 @@ class PartialResults:
             ) from error
 
 
-def evaluate_model(classifier, examples, partial):
-    """One token-probability `Prediction` an example, in their order."""
+@contextmanager
+def counted_passes(classifier):
+    """Inside the block the list that it gives grows by the sequences of every forward pass."""
+    counts = []
+    embeddings = classifier.model.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda _, inputs, __: counts.append(len(inputs[0])))
+    try:
+        yield counts
+    finally:
+        hook.remove()
+
+
+def evaluate_method(method, ask, classifier, examples, partial, done):
+    """One `Prediction` an example, in their order, of what `ask` says, with what each row cost.
+
+    ask: (examples, number of the chunk) → [Prediction]. done: {(method, id): Prediction} of all
+    rows there are, to which these are added. The texts are divided into chunks in one fixed order,
+    and a chunk is asked as a whole, so an interrupted run ends with the numbers of any other.
+    """
     from tqdm import tqdm
 
-    done = partial.read()
-    done = {e.id: done[e.id] for e in examples if e.id in done}
-    partial.write(done.values())
-    left = sorted((e for e in examples if e.id not in done), key=lambda e: len(e.text))
-    with tqdm(total=len(examples), initial=len(done), unit="text", file=sys.stderr) as bar:
-        for start in range(0, len(left), CHUNK):
-            chunk = left[start : start + CHUNK]
-            rows = classifier.classify_batch([e.text for e in chunk], [e.id for e in chunk])
-            partial.append(rows)
-            done |= {row.example_id: row for row in rows}
+    ordered = sorted(examples, key=lambda e: len(e.text))
+    chunks = [ordered[start : start + CHUNK] for start in range(0, len(ordered), CHUNK)]
+    with tqdm(total=len(ordered), desc=method, unit="text", file=sys.stderr) as bar:
+        for number, chunk in enumerate(chunks):
+            if not all((method, e.id) in done for e in chunk):
+                started = time.perf_counter()
+                with counted_passes(classifier) as counts:
+                    rows = ask(chunk, number)
+                seconds = time.perf_counter() - started
+                cost = {
+                    "passes": round(sum(counts) / len(rows), 4),
+                    "latency_sec": seconds / len(rows),
+                }
+                rows = [replace(row, **cost) for row in rows]
+                partial.append(rows)
+                done |= {(method, row.example_id): row for row in rows}
             bar.update(len(chunk))
-    return [done[e.id] for e in examples]
+    return [done[method, e.id] for e in examples]
+
+
+def chosen_signals(evaluation):
+    """The names in --signals, in the order of SIGNALS. Raises UserError for an unknown one."""
+    given = [name.strip() for name in evaluation.signals.split(",")]
+    names = [] if given == ["none"] else given
+    if unknown := [name for name in names if name not in SIGNALS]:
+        raise UserError(
+            f"--signals has {unknown[0]!r}; give none, or some of {', '.join(SIGNALS)}, "
+            "joined by commas"
+        )
+    return [name for name in SIGNALS if name in names]
+
+
+def askers(classifier, evaluation):
+    """({method: ask}, {method: why it is left out}) of the chosen signals, for one model.
+
+    ask: (texts, their token-probability rows, number of the chunk) → [Prediction].
+    """
+    from consistency_confidence import (
+        dropout_predictions,
+        other_wordings,
+        paraphrase_predictions,
+    )
+    from prompted_confidence import (
+        p_true_predictions,
+        p_true_siblings,
+        stated_siblings,
+        verbalised_predictions,
+    )
+
+    def paraphrase():
+        siblings = [classifier.for_task(task) for task in other_wordings(classifier.task)]
+        return lambda texts, own, _: paraphrase_predictions(siblings, texts, own)
+
+    def mc_dropout():
+        if not classifier.adapter_active:
+            raise UserError("the base model has no LoRA layers to drop out")
+        with classifier.dropout(0):  # refuses an adapter without dropout
+            pass
+        seed, n_passes = evaluation.evaluation_seed, evaluation.dropout_passes
+        return lambda texts, own, chunk: dropout_predictions(
+            classifier, texts, own, n_passes, [seed, chunk]
+        )
+
+    def p_true():
+        siblings = p_true_siblings(classifier)
+        return lambda texts, own, _: p_true_predictions(siblings, texts, own)
+
+    def verbalised():
+        siblings = stated_siblings(classifier)
+        return lambda texts, own, _: verbalised_predictions(siblings, texts, own)
+
+    make = {
+        PARAPHRASE: paraphrase,
+        MC_DROPOUT: mc_dropout,
+        P_TRUE: p_true,
+        VERBALISED: verbalised,
+    }
+    asks, left_out = {}, {}
+    for name in chosen_signals(evaluation):
+        try:
+            asks[name] = make[name]()
+        except UserError as error:
+            left_out[name] = str(error)
+    return asks, left_out
 
 
 def model_results(name, classifier, task, examples, evaluation, partial):
-    """`ModelResults` of one model: token probability and response consistency of every row."""
-    from consistency_confidence import consistency_predictions
+    """`ModelResults` of one model: the rows of every method for every example."""
+    from consistency_confidence import consistency_predictions, other_wordings
+    from prompted_confidence import content_free_rows
 
     started = time.perf_counter()
-    predictions = evaluate_model(classifier, examples, partial)
+    done = partial.read()
+    partial.write(done.values())
+    position = {e.id: i for i, e in enumerate(examples)}
+
+    def classify(chunk, _, temperature=1.0):
+        texts, ids = [e.text for e in chunk], [e.id for e in chunk]
+        return classifier.classify_batch(texts, ids, temperature=temperature)
+
+    def sample(chunk, number):
+        rows = [done[TOKEN_PROBABILITY, e.id] for e in chunk]
+        if evaluation.temperature != 1.0:  # draws at another temperature: its own distribution
+            rows = classify(chunk, number, evaluation.temperature)
+        return consistency_predictions(task, rows, evaluation, [position[e.id] for e in chunk])
+
+    def signal(method, ask):
+        """`ask` for a chunk; about a text without a token-probability row nothing is asked."""
+
+        def rows_of(chunk, number):
+            own = {e.id: done[TOKEN_PROBABILITY, e.id] for e in chunk}
+            kept = [e for e in chunk if own[e.id].error is None]
+            asked = ask([e.text for e in kept], [own[e.id] for e in kept], number) if kept else []
+            found = {row.example_id: row for row in asked}
+            failed = {i: Prediction(i, method, error=row.error) for i, row in own.items()}
+            return [found.get(e.id, failed[e.id]) for e in chunk]
+
+        return rows_of
+
+    def run(method, ask):
+        return evaluate_method(method, ask, classifier, examples, partial, done)
+
+    predictions = run(TOKEN_PROBABILITY, classify)
     failed = [p for p in predictions if p.error is not None]
     if len(failed) == len(predictions):
         raise UserError(f"{name}: no row could be scored; the first error: {failed[0].error}")
-    sampled = predictions
-    if evaluation.temperature != 1.0:  # draws at another temperature need its own distribution
-        sampled = classifier.classify_batch(
-            [e.text for e in examples], [e.id for e in examples], evaluation.temperature
-        )
+    predictions += run(CONSISTENCY, sample)
+    asks, left_out = askers(classifier, evaluation)
+    for method, ask in asks.items():
+        predictions += run(method, signal(method, ask))
+    wordings = [
+        {"question": other.question, "negated": other.labels != task.labels}
+        for other in other_wordings(task)
+    ]
     return ModelResults(
         name=name,
         task=task,
         identity=classifier.identity,
         examples=tuple(examples),
-        predictions=(*predictions, *consistency_predictions(task, sampled, evaluation)),
+        predictions=tuple(predictions),
         run={
             "device": classifier.device,
             "seconds": round(time.perf_counter() - started, 1),
             "evaluation": asdict(evaluation),
+            "signals": {
+                "wordings": wordings if PARAPHRASE in asks else [],
+                "content_free": content_free_rows(classifier),
+                "left_out": left_out,
+            },
             "versions": versions(),
         },
     )
@@ -183,6 +320,7 @@ def generate(task, model, data, evaluation, output, base_only=False, force=False
         model_fingerprint,
         weights_fingerprint,
     )
+    from signal_comparison import judge_signals
 
     check_evaluation(evaluation)
     cache_dir, adapter = output.cache, None if base_only else output.fine_tuned
@@ -216,9 +354,10 @@ def generate(task, model, data, evaluation, output, base_only=False, force=False
             partial.path.unlink(missing_ok=True)
         with classifier.without_adapter() if name == "base" else nullcontext():
             results[name] = model_results(name, classifier, task, held_out, evaluation, partial)
+    judging = (evaluation.bins, evaluation.resamples, evaluation.evaluation_seed)
     calibrated = {
-        name: {"identity": r.identity}
-        | judge_calibrators(r, evaluation.bins, evaluation.resamples, evaluation.evaluation_seed)
+        name: {"identity": r.identity, **judge_calibrators(r, *judging)}
+        | {"signals": judge_signals(r, *judging)}
         for name, r in results.items()
     }
     metadata_path.unlink(missing_ok=True)  # from here on the old evaluation is being replaced
@@ -265,7 +404,8 @@ def check_adapter(adapter, task, model, base_print):
             f"{model.model}; run: python fine_tune_model.py --model {model.model}"
         )
     trained_for = read_json(adapter / "task.json", RETRAIN)
-    if fingerprint(trained_for) != fingerprint(task.to_json()):
+    trained_for |= {"wordings": (), "negated": ()}  # which training never saw
+    if fingerprint(trained_for) != fingerprint(task.asked.to_json()):
         raise UserError(
             f"the adapter in {adapter}/ was trained for the question "
             f"{trained_for.get('question')!r} and its labels, not for {task.question!r}; "
@@ -286,9 +426,11 @@ def is_up_to_date(metadata_path, run_print, base_only):
 
 def check_evaluation(evaluation):
     """Raises UserError for a setting out of range."""
-    for name in ("samples", "temperature", "bins", "resamples"):
+    chosen_signals(evaluation)
+    for name in ("samples", "temperature", "dropout_passes", "bins", "resamples"):
         if not 0 < getattr(evaluation, name) < math.inf:
-            raise UserError(f"--{name} must be above 0 and finite, got {getattr(evaluation, name)}")
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} must be above 0 and finite, got {getattr(evaluation, name)}")
     if evaluation.evaluation_seed < 0:
         raise UserError(f"--evaluation-seed must be at least 0, got {evaluation.evaluation_seed}")
 

@@ -2,6 +2,7 @@
 
     python logprobs_confidence.py                            # confident and unsure examples
     python logprobs_confidence.py "Best worst thing ever"    # texts of your own
+    python logprobs_confidence.py --task spam "You have won!"
 
 A text is put into the task's question and the model's chat template. One deterministic forward pass
 gives the probability of every possible next token; the probabilities of each label's answer words
@@ -19,15 +20,29 @@ import re
 import sys
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from records import TOKEN_PROBABILITY, Prediction, prediction_from_logprobs
-from settings import SENTIMENT, ModelSettings, UserError, fingerprint, resolve_model
+import numpy as np
+
+from records import TOKEN_PROBABILITY, Prediction, prediction_from_logprobs, read_json
+from settings import (
+    FINE_TUNED_DIR,
+    SENTIMENT,
+    ModelSettings,
+    Task,
+    TaskSettings,
+    UserError,
+    add_arguments,
+    fingerprint,
+    from_arguments,
+    resolve_model,
+)
 
 # Llama 3.x chat templates print today's date; a fixed one keeps the prompt the same every day.
 TEMPLATE_DATE = "26 Jul 2024"
 DATE_MACRO = f"{{%- macro strftime_now(format) -%}}{TEMPLATE_DATE}{{%- endmacro -%}}"
+RETRAIN = "run: python fine_tune_model.py"
 FULL_PRECISION_TOLERANCE = 1e-4  # largest |Δ probability|, batched against one at a time, float32
 HALF_PRECISION_TOLERANCE = 3e-2  # the same for bfloat16 and float16
 DEVICE_MAPS = ("none", "auto", "balanced", "sequential")
@@ -57,19 +72,24 @@ class TokenProbability:
 class Explanation:
     """All that one forward pass says of one text.
 
-    prompt: the string the model reads (of a text beyond the context all but its middle). top: the
-    most probable next tokens. words: for every label its answer tokens with their probabilities,
-    which add up to the label's, except where labels collide on a first token and are scored whole.
+    prompt: the string the model reads (of a text beyond the context all but its middle).
+    prediction: what this pass says. top: the most probable next tokens. words: for every label its
+    answer tokens with their probabilities, which add up to the label's, except where labels collide
+    on a first token and are scored whole. orders: of a lettered task the prediction in every order
+    of the options, the prompt being that of the first; answer: their mean. Otherwise both are
+    `prediction` alone.
     """
 
     prompt: str
-    prediction: object
+    prediction: Prediction
     top: tuple[TokenProbability, ...]
     words: dict[str, tuple[TokenProbability, ...]]
+    orders: tuple[Prediction, ...]
+    answer: Prediction
 
 
 class PromptEncoder:
-    """Token ids of a task's prompt for any text; the text stays text, whatever it contains.
+    """Token ids of a plain task's prompt for any text; the text stays text, whatever it contains.
 
     The chat template is rendered once. What stands between its special tokens is tokenised with
     special-token parsing off, so "<|eot_id|>" inside a text is six harmless characters and not the
@@ -382,6 +402,7 @@ def load_model_and_tokenizer(settings):
     if not quantization and not spread:
         model.to(torch_device(device))
     use_float32_head(model)
+    model.requires_grad_(False)  # what is trained is added later
     model.eval()
     return model, tokenizer, device
 
@@ -450,32 +471,31 @@ class TransformerLogprobsClassifier:
     it shares the base weights in memory, and `without_adapter()` switches it off for a while.
     task: the question and its labels. max_tokens is bounded by the model's context.
 
-    Attributes: device ("cuda", "mps", "cpu"), dtype (a torch dtype), encoder (`PromptEncoder`),
-    engine (`Engine`: whether prompts are shared, how many batches at a time), tolerance: the
-    largest difference of a probability between batched and one-at-a-time scoring.
+    Attributes: device ("cuda", "mps", "cpu"), dtype (a torch dtype), encoders (a `PromptEncoder`
+    for each of the task's `orders`), encoder (the first), engine (`Engine`: whether prompts are
+    shared, how many batches at a time), tolerance: the largest difference of a probability between
+    batched and one-at-a-time scoring.
     """
 
     def __init__(self, model="embedded", adapter=None, task=SENTIMENT):
         self.settings = model if isinstance(model, ModelSettings) else ModelSettings(model=model)
-        self.task = task
         self.adapter = str(adapter) if adapter is not None else None
         if self.adapter is not None and not (Path(adapter) / "adapter_config.json").exists():
             raise UserError(f"no adapter in {adapter}/; run: python fine_tune_model.py")
         from engine import Engine
 
         model, self.tokenizer, self.device = load_model_and_tokenizer(self.settings)
-        self.engine = Engine(model, self.settings.batch_tokens)
+        self.engine = Engine(model, self._sharing_problem, self.settings.batch_tokens)
         self.dtype = self.model.dtype
         half = str(self.dtype) != "torch.float32" or self.settings.quantization != "none"
         self.tolerance = HALF_PRECISION_TOLERANCE if half else FULL_PRECISION_TOLERANCE
         if self.adapter is not None:
             self._load_adapter()
-        self.encoder = self._encoder(task)
         self._switch = {  # shared by `for_task` siblings
             "adapter": self.adapter is not None,
             "dropout": False,
         }
-        self._check_engine()
+        self._ask(task, self._encoders(task))
 
     @property
     def model(self):
@@ -486,28 +506,43 @@ class TransformerLogprobsClassifier:
     def model(self, model):
         self.engine.model = model
 
-    def _check_engine(self):
+    def _sharing_problem(self):
+        """Why whole prompts have to be scored, said on stderr, or None."""
+        from engine import sharing_problem
+
         prompts = [ids for ids, _ in self.encoder.encode(CHECK_TEXTS)]
-        problem = self.engine.check(prompts, self.encoder.prefix_length, self.tolerance)
+        length = self.encoder.prefix_length
+        problem = sharing_problem(self.model, prompts, length, self.tolerance)
         if problem is not None:
             print(
                 f"warning: {self.settings.model}: every text is scored with its whole prompt, "
                 f"which is slower: {problem}",
                 file=sys.stderr,
             )
+        return problem
 
-    def _encoder(self, task):
+    def _ask(self, task, encoders):
+        self.task, self.encoders, self.encoder = task, encoders, encoders[0]
+
+    def _encoders(self, task):
         config = self.model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None) or self.settings.max_tokens
-        return PromptEncoder(
-            self.tokenizer, task, max_tokens=min(self.settings.max_tokens, context - 8)
-        )
+        max_tokens = min(self.settings.max_tokens, context - 8)
+        return tuple(PromptEncoder(self.tokenizer, order, max_tokens) for order in task.orders)
 
     def for_task(self, task):
         """A classifier for another question that shares this one's model, adapter and memory."""
+        return self._sibling(task, self._encoders(task))
+
+    def _sibling(self, task, encoders):
         sibling = copy.copy(self)
-        sibling.task, sibling.encoder = task, self._encoder(task)
+        sibling._ask(task, encoders)
         return sibling
+
+    @property
+    def orders(self):
+        """For each order of the options a classifier that asks in it alone; one, if plain."""
+        return tuple(self._sibling(encoder.task, (encoder,)) for encoder in self.encoders)
 
     @property
     def adapter_active(self):
@@ -538,7 +573,8 @@ class TransformerLogprobsClassifier:
             if self.adapter_active
             else None,
             "prompt": self.encoder.prompt("{text}"),
-            "label_words": {label.name: list(label.words) for label in self.task.labels},
+            "label_words": {label.name: list(label.words) for label in self.encoder.task.labels},
+            "orders": len(self.encoders),
             "tokenizer": hashlib.sha256(
                 self.tokenizer.backend_tokenizer.to_str().encode()
             ).hexdigest()[:16],
@@ -579,6 +615,7 @@ class TransformerLogprobsClassifier:
             raise UserError(
                 "Monte-Carlo dropout needs an adapter that was trained with --dropout above 0"
             )
+        _ = self.engine.shares_prefix  # found out without dropout
         devices = [torch.cuda.current_device()] if self.device == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
@@ -610,7 +647,8 @@ class TransformerLogprobsClassifier:
         texts: list of str. ids: their example ids (default: their positions). temperature:
         divides the logits; 1 is the model's own distribution, another value the one that sampling
         at that temperature draws from. progress: a bar on stderr. A text that cannot be scored
-        gives a row with `error` set.
+        gives a row with `error` set. A lettered task is asked in every order of its options, each a
+        full pass, and gives the `mean_prediction`.
         """
         from tqdm import tqdm
 
@@ -618,6 +656,11 @@ class TransformerLogprobsClassifier:
             raise ValueError(f"temperature must be above 0, got {temperature}")
         if isinstance(texts, str):
             raise TypeError("texts must be a list of strings, got one string; use classify(text)")
+        if len(self.encoders) > 1:
+            passes = [
+                order.classify_batch(texts, ids, temperature, progress) for order in self.orders
+            ]
+            return [mean_prediction(self.task, rows) for rows in zip(*passes, strict=True)]
         ids = [str(i) for i in range(len(texts))] if ids is None else list(ids)
         results, places = [None] * len(texts), {}  # text: where it stands, once or more
         for i, text in enumerate(texts):
@@ -705,14 +748,14 @@ class TransformerLogprobsClassifier:
 
     def explain(self, text, k=8):
         """`Explanation` of one text: prediction, top-k tokens and each label's words."""
-        prediction = self.classify(text)
+        orders = tuple(order.classify(text) for order in self.orders)
         ids, _ = self.encoder.encode([text.strip()])[0]
         logprobs = self.engine.logits([ids], prefix=self._prefix())[0].log_softmax(-1)
-        return self.explanation(text, prediction, logprobs, k)
+        return self.explanation(text, orders, logprobs, k)
 
-    def explanation(self, text, prediction, logprobs, k=8):
-        """The `Explanation` that follows from a text's prediction and from the log-probabilities
-        (V,), nats, of the token after its prompt."""
+    def explanation(self, text, orders, logprobs, k=8):
+        """The `Explanation` that follows from a text's prediction in every order of the options
+        and from the log-probabilities (V,), nats, of the token after its (first) prompt."""
         order = logprobs.argsort(descending=True)
         rank = {int(token): i + 1 for i, token in enumerate(order.tolist())}
 
@@ -729,12 +772,13 @@ class TransformerLogprobsClassifier:
                 tokens = tuple(dict.fromkeys(word[0] for word in self.encoder.label_words[i]))
             words[label.name] = tuple(sorted(map(row, tokens), key=lambda t: t.rank))
         top = tuple(row(token) for token in order[:k].tolist())
-        return Explanation(self.encoder.prompt(text.strip()), prediction, top, words)
+        prompt, answer = self.encoder.prompt(text.strip()), mean_prediction(self.task, orders)
+        return Explanation(prompt, orders[0], top, words, orders, answer)
 
-    def next_token_distribution(self, prompt, k=8):
-        """The k most probable next tokens after `prompt` as it stands, without a template.
+    def raw_prompt_ids(self, prompt):
+        """Token ids of `prompt` as it stands; one beyond the context loses its beginning.
 
-        Raises UserError for an empty prompt. A prompt beyond the context loses its beginning.
+        Raises UserError for an empty prompt.
         """
         if not prompt:
             raise UserError("the prompt is empty; give at least one character")
@@ -742,13 +786,76 @@ class TransformerLogprobsClassifier:
             raise UserError(problem)
         start = self.tokenizer("").input_ids
         ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
-        ids = start + ids[-(self.encoder.max_tokens - len(start)) :]
-        logprobs = self.engine.logits([ids])[0].log_softmax(-1)
+        return start + ids[-(self.encoder.max_tokens - len(start)) :]
+
+    def next_token_distribution(self, prompt, k=8):
+        """The k most probable next tokens after `prompt` as it stands, without a template.
+
+        Raises UserError as `raw_prompt_ids` does.
+        """
+        logprobs = self.engine.logits([self.raw_prompt_ids(prompt)])[0].log_softmax(-1)
         values, tokens = logprobs.topk(min(k, len(logprobs)))
         return [
             TokenProbability(i + 1, t, visible_token(self.tokenizer, t), v, math.exp(v))
             for i, (v, t) in enumerate(zip(values.tolist(), tokens.tolist(), strict=True))
         ]
+
+
+def mean_prediction(task, predictions):
+    """One `Prediction` out of those in every order of the options; of a single one, itself.
+
+    Probabilities are averaged, not their logarithms: the mean is what a model says that is shown
+    the options in an order drawn at random. An error in one order is one of the whole.
+    """
+    failed = [p for p in predictions if p.error is not None]
+    if failed or len(predictions) == 1:
+        return (failed or predictions)[0]
+    logprobs = np.array([p.label_logprobs for p in predictions])  # (orders, K)
+    return prediction_from_logprobs(
+        predictions[0].example_id,
+        task,
+        np.logaddexp.reduce(logprobs, axis=0) - np.log(len(predictions)),
+        truncated=any(p.truncated for p in predictions),
+        latency_sec=sum(p.latency_sec for p in predictions),
+    )
+
+
+def load_classifier(settings, adapter=None, task=None):
+    """The classifier that the flags --model, --adapter and --task of a command line name.
+
+    settings: `ModelSettings`; their model may also be "base", the embedded model, or "finetuned",
+    the model that the adapter was trained on. adapter: a folder, for "finetuned" by default
+    fine_tuned_sentiment_model/. task: by default the one that the adapter was trained for, else
+    sentiment. Raises UserError.
+    """
+    if settings.model == "base":
+        settings = replace(settings, model=ModelSettings.model)
+    trained_here = settings.model == "finetuned"
+    if trained_here:
+        adapter = FINE_TUNED_DIR if adapter is None else adapter
+        settings = replace(settings, model=_base_model(adapter))
+    if task is None and adapter is not None:
+        path = Path(adapter) / "task.json"
+        if trained_here or path.exists():
+            try:
+                task = Task.from_json(read_json(path, RETRAIN))
+            except (KeyError, TypeError) as error:
+                raise UserError(f"{path} is damaged ({error!r}); {RETRAIN}") from error
+    return TransformerLogprobsClassifier(settings, adapter, task or SENTIMENT)
+
+
+def _base_model(adapter):
+    """The model that the adapter in this folder was trained on, if its weights are still those."""
+    path = Path(adapter) / "manifest.json"
+    manifest = read_json(path, RETRAIN)
+    base = manifest.get("base_model")
+    if not isinstance(base, str):
+        raise UserError(f"{path} is damaged (it names no base_model); {RETRAIN}")
+    if manifest.get("base_fingerprint") != weights_fingerprint(resolve_model(base)):
+        raise UserError(
+            f"the adapter in {adapter}/ was trained on other weights than {base} has now; {RETRAIN}"
+        )
+    return base
 
 
 def text_problem(text):
@@ -801,25 +908,58 @@ def main(argv=None):
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts to classify")
     parser.add_argument("--model", default="embedded", help="preset, hub id or folder")
     parser.add_argument("--adapter", help="folder of a LoRA adapter")
+    add_arguments(parser, TaskSettings)
     arguments = parser.parse_args(argv)
     try:
-        classifier = TransformerLogprobsClassifier(arguments.model, arguments.adapter)
+        task = from_arguments(TaskSettings, arguments).build()
+        classifier = TransformerLogprobsClassifier(arguments.model, arguments.adapter, task)
         texts = arguments.texts or list(DEMONSTRATION_TEXTS)
         predictions = classifier.classify_batch(texts)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    first = classifier.task.label_names[0]
-    print(f"{'confidence':>10}  {'label mass':>10}  {f'P({first})':>12}  {'predicted':<10} text")
+    first = f"P({task.label_names[0]})"
+    wide, name = max(12, len(first)), max(10, *map(len, task.label_names))
+    print(f"{'confidence':>10}  {'label mass':>10}  {first:>{wide}}  {'predicted':<{name}} text")
     for text, p in zip(texts, predictions, strict=True):
         if p.error is not None:
-            print(f"{'':>10}  {'':>10}  {'':>12}  {'error':<10} {p.error}")
+            print(f"{'':>10}  {'':>10}  {'':>{wide}}  {'error':<{name}} {p.error}")
             continue
         print(
-            f"{p.confidence:>10.4f}  {p.label_mass:>10.4f}  {p.probability:>12.4f}  "
-            f"{p.predicted:<10} {text}"
+            f"{p.confidence:>10.4f}  {p.label_mass:>10.4f}  {p.probability:>{wide}.4f}  "
+            f"{p.predicted:<{name}} {text}"
         )
+    if len(texts) == 1 and predictions[0].error is None:
+        print("\n" + "\n".join(detail_lines(classifier, predictions[0])))
     return 1 if any(p.error is not None for p in predictions) else 0
+
+
+def detail_lines(classifier, prediction):
+    """What follows from the label probabilities of one text, and how samples converge on them."""
+    import numpy as np
+
+    from consistency_confidence import convergence_lines
+    from prompted_confidence import content_free_rows
+    from records import label_probabilities
+    from signals import certainty, entropy, mean_probabilities, prior_corrected
+
+    names = classifier.task.label_names
+    logprobs = np.array(prediction.label_logprobs)
+    unsure = float(entropy(label_probabilities(logprobs)))
+    lines = [
+        f"margin     {prediction.margin:.4f} nats between the two most probable labels",
+        f"entropy    {unsure:.4f} nats over the labels, "
+        f"certainty {certainty(unsure, len(names)):.4f}",
+    ]
+    if free := content_free_rows(classifier):
+        prior = mean_probabilities(np.array([row["label_logprobs"] for row in free]))
+        corrected = np.exp(prior_corrected(logprobs, prior))
+        for title, values in (("prior", prior), ("corrected", corrected)):
+            shares = ", ".join(f"{name} {p:.4f}" for name, p in zip(names, values, strict=True))
+            lines.append(f"{title:<9}  {shares}")
+        lines[-2] += "  (answers to texts that say nothing)"
+        lines[-1] += "  (contextual calibration: the prior divided out)"
+    return [*lines, "", *convergence_lines(classifier.task, prediction.label_logprobs)]
 
 
 if __name__ == "__main__":

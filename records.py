@@ -18,12 +18,25 @@ import numpy as np
 
 from settings import SPLITS, Task, UserError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+# The methods that a cache holds rows of; `signals.METHODS` has those computed from them as well.
 TOKEN_PROBABILITY = "token_probability"
 CONSISTENCY = "consistency"
+PARAPHRASE = "paraphrase"
+MC_DROPOUT = "mc_dropout"
+P_TRUE = "p_true"
+VERBALISED = "verbalised"
 # File names in evaluation_cache/, by the name of the model.
 MODEL_FILES = {"base": "base_model_results.json", "finetuned": "finetuned_model_results.json"}
 LOW_LABEL_MASS = 0.5  # below this the model mostly said something that is no answer
+ARRAY_FIELDS = (  # of a prediction, as columns of `ModelResults.arrays`
+    "label_logprobs",
+    "label_mass",
+    "probability",
+    "confidence",
+    "label_counts",
+    "pass_logprobs",
+)
 
 
 @dataclass(frozen=True)
@@ -47,14 +60,25 @@ class Example:
 class Prediction:
     """What one method says of one text; K is the number of labels, in the task's order.
 
+    A method gives a distribution over the labels and predicts its most probable one, or it only
+    scores (p_true, verbalised): how sure the model is of what token_probability predicts.
+
     label_logprobs: (K,) log-probability (nats) of each label: the summed probability of its answer
-        words under the model; for consistency the log of its smoothed share of the samples.
-    label_mass: how much of the distribution is an answer at all, 0 to 1.
+        words under the model; for consistency the log of its smoothed share of the samples; for
+        paraphrase the mean over the wordings, for mc_dropout the log of the mean probability.
+        None where a method only scores.
+    label_mass: how much of the distribution is an answer at all, 0 to 1; of p_true the probability
+        of true and false together.
     probability: P(first label) among the labels: p₀ / Σₖ pₖ. For sentiment P(positive).
     confidence: the probability of the predicted label, not renormalised; for consistency the share
-        of the samples that agree with it.
+        of the samples that agree with it; for p_true P(true) of true and false, for verbalised the
+        stated percentage as a fraction.
     label_counts: (K,) samples per label; consistency only.
-    error: why there is no prediction; all other results are None then.
+    pass_logprobs: (M, K) log-probabilities (nats) of the M passes that were averaged; paraphrase
+        (the task's own question first) and mc_dropout only.
+    passes: sequences that went through the model for this row, beyond those of token_probability.
+    latency_sec: seconds they took, as a share of those of the rows scored together.
+    error: why there is no prediction; all other results but the cost are None then.
     """
 
     example_id: str
@@ -65,7 +89,9 @@ class Prediction:
     probability: float | None = None
     confidence: float | None = None
     label_counts: tuple[int, ...] | None = None
+    pass_logprobs: tuple[tuple[float, ...], ...] | None = None
     truncated: bool = False
+    passes: float | None = None
     latency_sec: float | None = None
     error: str | None = None
 
@@ -76,15 +102,15 @@ class Prediction:
         return top[0] - top[1]
 
 
-def prediction_from_logprobs(example_id, task, label_logprobs, **extra):
-    """The token-probability prediction that follows from (K,) label log-probabilities (nats)."""
+def prediction_from_logprobs(example_id, task, label_logprobs, method=TOKEN_PROBABILITY, **extra):
+    """The prediction that follows from (K,) label log-probabilities (nats)."""
     logprobs = np.asarray(label_logprobs, dtype=np.float64)
     if logprobs.shape != (len(task.labels),) or not np.isfinite(logprobs).all():
         raise ValueError(f"expected {len(task.labels)} finite log-probabilities, got {logprobs}")
     best = int(logprobs.argmax())
     return Prediction(
         example_id=example_id,
-        method=TOKEN_PROBABILITY,
+        method=method,
         label_logprobs=tuple(float(v) for v in logprobs),
         label_mass=float(min(1.0, np.exp(logprobs).sum())),
         predicted=task.label_names[best],
@@ -104,6 +130,8 @@ def prediction_from_json(row):
     if unknown := set(row) - {f.name for f in fields(Prediction)}:
         raise ValueError(f"unknown prediction field {min(unknown)!r}")
     tuples = {k: tuple(row[k]) for k in ("label_logprobs", "label_counts") if k in row}
+    if "pass_logprobs" in row:
+        tuples["pass_logprobs"] = tuple(map(tuple, row["pass_logprobs"]))
     return Prediction(**{**row, **tuples})
 
 
@@ -122,7 +150,7 @@ class ModelResults:
         words, tokenizer, dtype, and the fingerprint over these.
     examples: every held-out example requested, without its text.
     predictions: for every method one prediction an example.
-    run: versions, seeds, device, settings, seconds.
+    run: versions, seeds, device, settings, seconds, and what the signals were asked with.
     """
 
     name: str
@@ -148,8 +176,9 @@ class ModelResults:
         """Arrays over the scored rows of one split, in the order of `examples`.
 
         id, category, domain, group: (n,) str; label, predicted: (n,) int index into the labels;
-        label_logprobs: (n, K) float, nats; probability, confidence, label_mass: (n,) float;
-        correct: (n,) bool; split: the split asked for, which calibrators and reports check.
+        confidence: (n,) float; correct: (n,) bool; split: the split asked for, which calibrators
+        and reports check. As far as the method has them: label_logprobs (n, K) and pass_logprobs
+        (n, M, K) float, nats; label_counts (n, K) int; probability, label_mass: (n,) float.
         """
         by_id = {p.example_id: p for p in self.predictions if p.method == method}
         rows = [
@@ -162,6 +191,11 @@ class ModelResults:
         names = {name: i for i, name in enumerate(self.task.label_names)}
         label = np.array([names[e.label] for e, _ in rows])
         predicted = np.array([names[p.predicted] for _, p in rows])
+        columns = {
+            key: np.array([getattr(p, key) for _, p in rows])
+            for key in ARRAY_FIELDS
+            if getattr(rows[0][1], key) is not None
+        }
         return {
             "split": split,
             "id": np.array([e.id for e, _ in rows]),
@@ -171,10 +205,7 @@ class ModelResults:
             "label": label,
             "predicted": predicted,
             "correct": label == predicted,
-            "label_logprobs": np.array([p.label_logprobs for _, p in rows], dtype=np.float64),
-            "label_mass": np.array([p.label_mass for _, p in rows], dtype=np.float64),
-            "probability": np.array([p.probability for _, p in rows], dtype=np.float64),
-            "confidence": np.array([p.confidence for _, p in rows], dtype=np.float64),
+            **columns,
         }
 
     def to_json(self):

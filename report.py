@@ -6,6 +6,7 @@ Layer 1: reads evaluation_cache/, loads no model and draws nothing. Everything i
 import textwrap
 from pathlib import Path
 
+from calibration_metrics import FEW_GROUPS
 from records import MODEL_FILES, load_results, read_json
 
 METHODS = ("raw", "platt", "isotonic")
@@ -27,6 +28,22 @@ def prose(text: str, width: int = 92) -> str:
     """Lines of at most `width` characters; a number and its % stay together."""
     lines = textwrap.fill(text.replace(" %", "\N{NO-BREAK SPACE}%"), width, break_on_hyphens=False)
     return lines.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def few_groups_warnings(n_groups: dict[str, int]) -> list[str]:
+    """A sentence about the intervals of rows in too few groups, or nothing.
+
+    n_groups: near-duplicate groups by what the rows are: "test rows", "books". One group or none
+    has no interval.
+    """
+    few = [f"{rows} ({count})" for rows, count in n_groups.items() if 1 < count < FEW_GROUPS]
+    if not few:
+        return []
+    return [
+        f"Fewer than {FEW_GROUPS} near-duplicate groups: {', '.join(few)}. Bootstrap intervals and "
+        "standard errors of so few are too narrow: said to hold in 95 % of the cases, with 10 "
+        "groups they hold in about 87 %, with 5 in 77 %."
+    ]
 
 
 def text_table(header: list[str], rows: list[list[str]]) -> str:
@@ -61,6 +78,21 @@ def category_accuracy(cache_dir: Path, models: list[str]) -> dict:
     return table
 
 
+def label_accuracy(cache_dir: Path, models: list[str]) -> dict:
+    """{model: {true label: accuracy}} in the order of the task, without labels of no test row."""
+    table = {}
+    for name in models:
+        results = load_results(Path(cache_dir) / MODEL_FILES[name])
+        test = results.arrays("test")
+        of_label = [test["correct"][test["label"] == k] for k in range(len(results.task.labels))]
+        table[name] = {
+            label: float(correct.mean())
+            for label, correct in zip(results.task.label_names, of_label, strict=True)
+            if len(correct)
+        }
+    return table
+
+
 def summary_rows(cache_dir: Path) -> list[tuple[str, list[str]]]:
     """[(title, one value a model)], the first row naming the models."""
     metrics = metrics_by_model(cache_dir)
@@ -91,9 +123,12 @@ def summary_rows(cache_dir: Path) -> list[tuple[str, list[str]]]:
                     lambda of, m=method: f"{of[m]['ece']['null_mean']:.3f}",
                 )
     add("Platt confidence ≥ 90 %", confident)
-    categories = category_accuracy(cache_dir, models)
-    for category in categories["base"]:
-        right = [categories[m].get(category) for m in models]
-        values = ["none scored" if r is None else f"{100 * r:.1f}" for r in right]
-        rows.append((f"accuracy, {category}, %", values))
+    for what, accuracy in (
+        ("true label ", label_accuracy(cache_dir, models)),
+        ("", category_accuracy(cache_dir, models)),
+    ):
+        for part in accuracy["base"]:
+            right = [accuracy[m].get(part) for m in models]
+            values = ["none scored" if r is None else f"{100 * r:.1f}" for r in right]
+            rows.append((f"accuracy, {what}{part}, %", values))
     return rows

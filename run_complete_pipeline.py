@@ -32,6 +32,7 @@ from settings import (
     TrainingSettings,
     UserError,
     add_arguments,
+    changed_flags,
     first_type,
     from_arguments,
     settings_table,
@@ -76,14 +77,7 @@ def read_config(path):
 
 def flags(arguments, *classes):
     """The command-line flags of these settings where they differ from their defaults."""
-    chosen = []
-    for cls in classes:
-        settings = from_arguments(cls, arguments)
-        for f in fields(cls):
-            value = getattr(settings, f.name)
-            if value != f.default:
-                chosen.append(f"--{f.name.replace('_', '-')}={value}")
-    return chosen
+    return [flag for cls in classes for flag in changed_flags(from_arguments(cls, arguments))]
 
 
 def stages(arguments, output):

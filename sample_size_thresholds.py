@@ -14,7 +14,7 @@ import json
 import sys
 from dataclasses import replace
 
-from report import MODEL_TITLES, percent, prose, text_table
+from report import MODEL_TITLES, few_groups_warnings, percent, prose, text_table
 from settings import add_report_arguments, exit_code
 
 IMAGE = "calibration/sample_size.png"
@@ -64,6 +64,7 @@ def analyse(model, promise):
         "model": model.name,
         "curves": decisions.sample_size_curves(calibration, test, promise, n_bins=model.bins),
         "labels_needed": decisions.labels_needed(calibration, promises),
+        "warnings": few_groups_warnings({"calibration rows": model.n_groups["calibration"]}),
     }
 
 
@@ -103,8 +104,8 @@ def ece_text(curves):
         ["calibration rows", "Platt scaling", "isotonic regression"],
         score_rows(curves, "ece"),
         f"uncalibrated it is {curves['raw']['ece']:.3f}. A perfectly calibrated model shows "
-        f"{null['mean']:.3f} on these test rows, and up to {null['p95']:.3f} by chance: less than "
-        "that cannot be told from perfect.",
+        f"{null['mean']:.3f} on these test rows, near-duplicates being as alike as here, and up to "
+        f"{null['p95']:.3f} by chance: less than that cannot be told from perfect.",
     )
 
 
@@ -183,8 +184,9 @@ def report_sizes(settings):
         print(json.dumps(numbers, allow_nan=False))
     else:
         curves = numbers["curves"]
+        title = f"How many labelled rows: {MODEL_TITLES[model.name]}, {settings.cache_dir}"
         parts = [
-            f"How many labelled rows: {MODEL_TITLES[model.name]}, {settings.cache_dir}",
+            "\n\n".join([title, *map(prose, numbers["warnings"])]),
             *(text(curves) for text in (log_loss_text, ece_text, null_text, certified_text)),
             needed_text(numbers["labels_needed"]),
         ]

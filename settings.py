@@ -7,6 +7,7 @@ project is stated in this module, once.
 import hashlib
 import json
 import re
+import string
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -54,7 +55,10 @@ def fingerprint(value):
 
 @dataclass(frozen=True)
 class Label:
-    """One answer of a task: its name in the data and the words a model may say for it."""
+    """One answer of a task: its name in the data and the words a model may say for it.
+
+    In a lettered task the one word is the text of its option.
+    """
 
     name: str
     words: tuple[str, ...]
@@ -74,21 +78,39 @@ class Task:
     For two labels the first one is the class that `P(...)`, the signed margin and the calibrators
     speak of: P(positive) for sentiment. A question that contains `{text}` is the whole message;
     any other is followed by the text.
+    lettered: the labels are offered as options A, B, C, ... below the question and answered with a
+    letter; see `orders`. wordings: other questions with the same answers; negated: questions to
+    which the two labels answer with each other's words. They serve the paraphrase method alone.
     """
 
     name: str
     question: str
     labels: tuple[Label, ...]
+    wordings: tuple[str, ...] = ()
+    negated: tuple[str, ...] = ()
+    lettered: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "labels", tuple(self.labels))
-        if not self.question.strip():
-            raise UserError(f"task {self.name!r} has an empty question")
-        slots = re.findall(r"\{\w*\}", self.question)
-        if slots not in ([], ["{text}"]):
+        for key in ("labels", "wordings", "negated"):
+            object.__setattr__(self, key, tuple(getattr(self, key)))
+        others = (*self.wordings, *self.negated)
+        if len({question.strip() for question in others}) < len(others):
+            raise UserError(f"task {self.name!r} has a wording twice; leave one out")
+        for question in (self.question, *others):
+            if not question.strip():
+                raise UserError(f"task {self.name!r} has an empty question")
+            slots = re.findall(r"\{\w*\}", question)
+            if slots not in ([], ["{text}"]):
+                raise UserError(
+                    f"the question {question!r} of task {self.name!r} has {', '.join(slots)}; the "
+                    "one slot it may have is {text}, once (without it the text follows the "
+                    "question)"
+                )
+        if self.negated and (self.lettered or len(self.labels) != 2):
+            what = "lettered options" if self.lettered else f"{len(self.labels)} labels"
             raise UserError(
-                f"the question of task {self.name!r} has {', '.join(slots)}; the one slot it may "
-                "have is {text}, once (without it the text follows the question)"
+                f"task {self.name!r} has {what}; negated questions swap the answer words of two "
+                "labels, so leave them out"
             )
         if len(self.labels) < 2:
             raise UserError(
@@ -103,10 +125,57 @@ class Task:
                     raise UserError(
                         f"answer word {word!r} belongs to both {seen[word]!r} and {label.name!r}"
                     )
+        if self.lettered:
+            self._check_options()
+
+    def _check_options(self):
+        if len(self.labels) > len(LETTERS):
+            raise UserError(
+                f"task {self.name!r} has {len(self.labels)} labels; lettered options go from A to "
+                f"Z, {len(LETTERS)} at most"
+            )
+        for label in self.labels:
+            if len(label.words) != 1 or "{text}" in label.words[0]:
+                raise UserError(
+                    f"label {label.name!r} of the lettered task {self.name!r} needs exactly one "
+                    f"word, the text of its option, got {', '.join(map(repr, label.words))}"
+                )
 
     @property
     def label_names(self):
         return tuple(label.name for label in self.labels)
+
+    @property
+    def orders(self):
+        """The plain tasks that this one asks: itself or, if it is lettered, K of them.
+
+        In order s, from 0 to K − 1, label k stands at letter k + s, counted on from A after the
+        last: over all orders every label is once at every letter, so a preference for a letter or
+        a place cancels out of the mean. The labels stay in the order of the task.
+        Source: Zheng et al. 2024, cyclic permutations, https://arxiv.org/abs/2309.03882
+        """
+        if not self.lettered:
+            return (self,)
+        k = len(self.labels)
+        return tuple(self._with_letters([LETTERS[(i + s) % k] for i in range(k)]) for s in range(k))
+
+    def _with_letters(self, letters):
+        """The plain task with these letters of the labels."""
+        options = dict(zip(letters, self.labels, strict=True))
+        listed = "\n".join(f"{letter}. {options[letter].words[0]}" for letter in sorted(options))
+        return Task(
+            self.name,
+            f"{self.question}\n\n{listed}\n\nAnswer with one letter.",
+            tuple(
+                Label(label.name, (letter,))
+                for letter, label in zip(letters, self.labels, strict=True)
+            ),
+        )
+
+    @property
+    def asked(self):
+        """This task without its other wordings: what training and its plain answers depend on."""
+        return replace(self, wordings=(), negated=())
 
     def user_message(self, text):
         """What the user's turn of the chat says; the prompt is this inside the chat template."""
@@ -119,8 +188,18 @@ class Task:
 
     @classmethod
     def from_json(cls, data):
-        labels = tuple(Label(item["name"], tuple(item["words"])) for item in data["labels"])
-        return cls(name=data["name"], question=data["question"], labels=labels)
+        labels = tuple(Label(item["name"], item["words"]) for item in data["labels"])
+        return cls(
+            name=data["name"],
+            question=data["question"],
+            labels=labels,
+            wordings=data.get("wordings", ()),
+            negated=data.get("negated", ()),
+            lettered=data.get("lettered", False),
+        )
+
+
+LETTERS = string.ascii_uppercase  # of the options of a lettered task
 
 
 def case_variants(word):
@@ -134,6 +213,15 @@ SENTIMENT = Task(
     labels=(
         Label("positive", case_variants("yes")),
         Label("negative", case_variants("no")),
+    ),
+    wordings=(
+        "Is the sentiment of this text positive? Answer yes or no.",
+        "Does this text express a positive opinion? Answer yes or no.",
+        "Did the writer like it? Answer yes or no.",
+    ),
+    negated=(
+        "Is this text negative in sentiment? Answer yes or no.",
+        "Does this text express a negative opinion? Answer yes or no.",
     ),
 )
 
@@ -182,7 +270,8 @@ def read_task(name):
     """The task called `name` in tasks/, or of the JSON file `name`.
 
     The file holds {"name", "question", "labels": [{"name", "words"}]}; without "words" a label is
-    answered with its own name, as in `case_variants`. Raises UserError for anything else.
+    answered with its own name, as in `case_variants`. It may hold "lettered", true or false, and
+    "wordings" and "negated", lists of questions. Raises UserError for anything else.
     """
     path = Path(name) if name.endswith(".json") else TASKS_DIR / f"{name}.json"
     known = ", ".join(sorted(p.stem for p in TASKS_DIR.glob("*.json")))
@@ -194,17 +283,31 @@ def read_task(name):
         ) from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
-    _check_keys(path, "a task", data, required={"name", "question", "labels"})
+    questions = {"wordings", "negated"}
+    _check_keys(path, "a task", data, {"name", "question", "labels"}, {"lettered", *questions})
+    for key in questions & set(data):
+        _check_texts(path, f"the questions {key!r} of a task", data[key])
+    if not isinstance(lettered := data.get("lettered", False), bool):
+        raise UserError(f"{path}: lettered must be true or false, got {lettered!r}")
     if not isinstance(data["labels"], list):
         raise UserError(f"{path}: labels must be a list, got {type(data['labels']).__name__}")
     labels = []
     for item in data["labels"]:
         _check_keys(path, "a label", item, required={"name"}, optional={"words"})
-        words = item.get("words", case_variants(str(item["name"])))
-        if not isinstance(words, list | tuple) or not all(isinstance(w, str) for w in words):
-            raise UserError(f"{path}: the words of label {item['name']!r} must be a list of texts")
-        labels.append(Label(item["name"], tuple(words)))
-    return Task(data["name"], data["question"], tuple(labels))
+        name = str(item["name"])
+        words = item.get("words", [name] if lettered else case_variants(name))
+        _check_texts(path, f"the words of label {item['name']!r}", words)
+        labels.append({"name": item["name"], "words": words})
+    task = Task.from_json(data | {"labels": labels})
+    if task.question in task.wordings + task.negated:
+        raise UserError(f"{path}: a wording repeats the question {task.question!r}; leave it out")
+    return task
+
+
+def _check_texts(path, what, value):
+    """Raises UserError unless `value` is a list of texts."""
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        raise UserError(f"{path}: {what} must be a list of texts, got {value!r}")
 
 
 def _check_keys(path, what, data, required, optional=frozenset()):
@@ -308,8 +411,15 @@ class TrainingSettings:
 class EvaluationSettings:
     """The held-out evaluation."""
 
-    samples: int = setting(20, "samples of response consistency for a text")
+    signals: str = setting(
+        "paraphrase,mc_dropout,p_true,verbalised",
+        "what the model is asked beside its token probability, joined by commas, or none; a text "
+        "then takes one more forward pass for each wording of the question, --dropout-passes "
+        "(fine-tuned model only), 1, and 1 and a few tokens",
+    )
+    samples: int = setting(20, "samples of response consistency for a text; they cost no pass")
     temperature: float = setting(1.0, "sampling temperature of response consistency")
+    dropout_passes: int = setting(10, "forward passes of Monte-Carlo dropout for a text")
     bins: int = setting(20, "equal-width bins of the calibration error")
     resamples: int = setting(1000, "bootstrap resamples of an interval")
     evaluation_seed: int = setting(42, "seed of sampling and of the bootstrap")
@@ -348,11 +458,11 @@ def settings_table(cls):
     return cls.__name__.removesuffix("Settings").lower()
 
 
-def add_arguments(parser, *classes):
+def add_arguments(parser, *classes, leave_out=()):
     """One flag for every field of the settings classes, with the default in its help."""
     for cls in classes:
         group = parser.add_argument_group(settings_table(cls))
-        for f in fields(cls):
+        for f in (f for f in fields(cls) if f.name not in leave_out):
             kind = {int: int, float: float}.get(first_type(f.type), str)
             text = f.metadata["help"]
             if f.default is not None:
@@ -371,19 +481,51 @@ def from_arguments(cls, arguments):
     return cls(**{f.name: getattr(arguments, f.name) for f in fields(cls)})
 
 
+def changed_flags(settings):
+    """The command-line flags of a settings object, where it differs from the defaults."""
+    return [
+        f"--{f.name.replace('_', '-')}={value}"
+        for f in fields(settings)
+        if (value := getattr(settings, f.name)) != f.default
+    ]
+
+
+def _add_folder(parser, flag, folder, use):
+    parser.add_argument(
+        flag,
+        type=Path,
+        default=folder,
+        metavar="FOLDER",
+        help=f"folder {use} (default: {folder.name}/ beside this script)",
+    )
+
+
 def add_cache_arguments(parser):
     """--cache-dir and --images-dir, for the scripts that read a finished evaluation."""
-    for flag, folder, use in (
-        ("--cache-dir", CACHE_DIR, "of the evaluation"),
-        ("--images-dir", IMAGES_DIR, "the charts go to"),
-    ):
-        parser.add_argument(
-            flag,
-            type=Path,
-            default=folder,
-            metavar="FOLDER",
-            help=f"folder {use} (default: {folder.name}/ beside this script)",
-        )
+    _add_folder(parser, "--cache-dir", CACHE_DIR, "of the evaluation")
+    _add_folder(parser, "--images-dir", IMAGES_DIR, "the charts go to")
+
+
+def add_classifier_arguments(parser):
+    """--model, --adapter, --task and --cache-dir, for the command lines that classify texts."""
+    parser.add_argument(
+        "--model",
+        help="base (the embedded model), finetuned (what fine_tune_model.py made), or a preset "
+        f"({', '.join(MODEL_PRESETS)}), hub id or folder (default: base; with --adapter the model "
+        "that the adapter was trained on)",
+    )
+    parser.add_argument(
+        "--adapter",
+        metavar="FOLDER",
+        help=f"LoRA adapter (default of finetuned: {FINE_TUNED_DIR.name}/)",
+    )
+    parser.add_argument(
+        "--task",
+        metavar="NAME|FILE",
+        help="task in tasks/, or a JSON file like those there (default: what the adapter was "
+        "trained for, else sentiment)",
+    )
+    _add_folder(parser, "--cache-dir", CACHE_DIR, "of the evaluation that has the calibrators")
 
 
 def add_report_arguments(parser):

@@ -3,9 +3,9 @@
     python update_readme.py            # rewrite
     python update_readme.py --check    # change nothing; exit 1 if a number is out of date
 
-Tables come from evaluation_cache/ and embedded_model/training.json. The two token-by-token examples
-are the output of logprob_demo_cli.py and are not part of --check, since their last digits depend on
-the machine.
+Tables come from evaluation_cache/ and embedded_model/training.json. The examples are the output of
+logprob_demo_cli.py and classify_cli.py and are not part of --check, since their last digits depend
+on the machine.
 """
 
 import argparse
@@ -20,15 +20,24 @@ from report import (
     category_accuracy,
     metrics_by_model,
     percent,
+    prose,
     summary_rows,
     with_interval,
 )
 from settings import CACHE_DIR, EMBEDDED_MODEL_DIR, ROOT, UserError
 
 README = ROOT / "README.md"
-EXAMPLES = {
-    "confident": "An absolutely wonderful film, I loved every minute of it.",
-    "unsure": "Best worst thing ever",
+EXAMPLES = {  # block: the command whose output it is
+    "confident": [
+        "logprob_demo_cli.py",
+        "An absolutely wonderful film, I loved every minute of it.",
+    ],
+    "unsure": ["logprob_demo_cli.py", "Best worst thing ever"],
+    "temperature": [
+        *("logprob_demo_cli.py", "The film was", "--raw-prompt", "--top-k", "4"),
+        *("--temperature", "0.5", "--max-new-tokens", "2"),
+    ],
+    "onetext": ["classify_cli.py", "Best worst thing ever"],
 }
 
 
@@ -230,6 +239,65 @@ def finetuning_block():
     )
 
 
+def signals_block():
+    from comparison import load_models
+
+    models = load_models(CACHE_DIR)
+    return "\n\n".join(signals_of(name, m.entry["signals"]) for name, m in models.items())
+
+
+def signals_of(name, table):
+    """A table of every method of one model, and sentences about the blend and what is missing."""
+    from comparison import is_significant
+    from signal_comparison import TITLES
+
+    header = [
+        f"{MODEL_TITLES[name]}, {table['n']:,} test rows",
+        *("accuracy, %", "AUROC", "AURC", "log-loss, Platt", "ECE, Platt (perfect)"),
+        *("passes a text", "ms a text"),
+    ]
+    rows = []
+    for method, row in table["methods"].items():
+        of, verdict = row["metrics"], ""
+        difference = row["difference"] and row["difference"]["log_loss"]
+        if difference and is_significant(difference):
+            verdict = ", better" if difference["estimate"] < 0 else ", worse"
+        rows.append(
+            [
+                TITLES[method],
+                f"{100 * of['accuracy']['estimate']:.1f}",
+                "–" if of["auroc"]["low"] is None else with_interval(of["auroc"]),
+                f"{of['aurc']['estimate']:.3f}",
+                f"{of['log_loss']['estimate']:.3f}{verdict}",
+                f"{of['ece']['estimate']:.3f} ({of['ece']['null_mean']:.3f})",
+                f"{row['cost']['passes']:.1f}",
+                f"{row['cost']['milliseconds']:.1f}",
+            ]
+        )
+    combined = table["combined"]
+    best = combined["difference"][combined["best_part"]]
+    anchor = TITLES[combined["selection"]["anchor"]]
+    parts = [TITLES[part["name"]] for part in combined["blend"]["parameters"]["parts"]]
+    worse = ", ".join(TITLES[part] for part in combined["worse_than"]) or "none"
+    what = f"blends {', '.join(parts)}, starting from {anchor}"
+    if combined["selection"]["penalty"] is None:
+        what = (
+            f"is {anchor} alone, because no blend predicted unseen calibration rows clearly better"
+        )
+    sentences = [
+        f"Combined {what}. Its log-loss minus that of the best part on test rows, "
+        f"{TITLES[combined['best_part']]}, is {with_interval(best)} (p = "
+        f"{best['p_value_holm']:.2g}); parts that it is significantly worse than: {worse}."
+    ]
+    if mass := table["methods"].get("p_true", {}).get("label_mass"):
+        sentences.append(f"Asked for P(True), true and false together hold {mass:.2g}.")
+    reasons = {}
+    for method, reason in table["left_out"].items():
+        reasons.setdefault(reason, []).append(TITLES[method])
+    sentences += [f"Without {', '.join(titles)}: {why}." for why, titles in reasons.items()]
+    return f"{markdown_table(header, rows)}\n\n{prose(' '.join(sentences), 100)}"
+
+
 def cost_block():
     metadata = read_json(CACHE_DIR / "evaluation_metadata.json", "run: make pipeline")
     training = metadata["training"]
@@ -261,11 +329,13 @@ def embedded_block():
     )
 
 
-def example_block(text):
-    command = [sys.executable, str(ROOT / "logprob_demo_cli.py"), text]
-    shown = subprocess.run(command, capture_output=True, text=True)
+def example_block(command):
+    script, *arguments = command
+    shown = subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments], capture_output=True, text=True
+    )
     if shown.returncode != 0:
-        raise UserError(f"logprob_demo_cli.py failed: {shown.stderr.strip()}")
+        raise UserError(f"{script} failed: {shown.stderr.strip()}")
     return f"```\n{shown.stdout.strip()}\n```"
 
 
@@ -277,6 +347,7 @@ BLOCKS = {
     "automation": automation_block,
     "samplesize": sample_size_block,
     "finetuning": finetuning_block,
+    "signals": signals_block,
     "cost": cost_block,
     "embedded": embedded_block,
 }
@@ -299,7 +370,7 @@ def main(argv=None):
     try:
         blocks = {name: make() for name, make in BLOCKS.items()}
         if not arguments.check:
-            blocks |= {name: example_block(text) for name, text in EXAMPLES.items()}
+            blocks |= {name: example_block(command) for name, command in EXAMPLES.items()}
         text = README.read_text(encoding="utf-8")
         new = rewritten(text, blocks)
     except UserError as error:

@@ -176,7 +176,7 @@ class Catalogue:
 
     def _open(self, name, folder):
         if folder is None:
-            encoder = PromptEncoder(self.tokenizer, self.base_task, self.max_tokens)
+            encoder = self._encoder(self.base_task)
             identity, key = self.base_identity, None
         else:
             if not NAME.fullmatch(name):
@@ -185,7 +185,7 @@ class Catalogue:
                     f"underscores, at most 64; rename {name!r}"
                 )
             task = read_adapter_task(folder, self.base_identity["model_fingerprint"])
-            encoder = PromptEncoder(self.tokenizer, task, self.max_tokens)
+            encoder = self._encoder(task)
             key = weights_fingerprint(folder)
             identity = adapter_identity(self.base_identity, key, encoder)
         return ServedModel(
@@ -198,6 +198,14 @@ class Catalogue:
             **find_calibrator(folder, self.settings.cache_dir, identity),
             **self._evaluated.decisions_of(identity),
         )
+
+    def _encoder(self, task):
+        if task.lettered:
+            raise UserError(
+                f"task {task.name!r} has lettered options, which take a pass for each of their "
+                "orders; the server asks once: classify with classify_cli.py"
+            )
+        return PromptEncoder(self.tokenizer, task, self.max_tokens)
 
     # ----------------------------------------------------------------------------------- lookup
 
@@ -557,7 +565,7 @@ class SharedModel:
         prefix = self._prefix([model.key], classifier.encoder.prefix)
         with self._asking([model.key]):
             logits = self.engine.logits([ids], prefix=prefix)
-        return classifier.explanation(text, prediction, logits[0].log_softmax(-1), k)
+        return classifier.explanation(text, (prediction,), logits[0].log_softmax(-1), k)
 
     def check_itself(self):
         """Warm up, and compare answers that are known to agree. Raises UserError if they do not.

@@ -2,21 +2,28 @@
 
 import functools
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
 from comparison import judge_calibrators
+from consistency_confidence import consistency_predictions
 from records import (
+    MC_DROPOUT,
+    P_TRUE,
+    PARAPHRASE,
     SCHEMA_VERSION,
+    VERBALISED,
     Example,
     ModelResults,
+    Prediction,
     label_probabilities,
     prediction_from_logprobs,
     write_json,
 )
 from settings import SENTIMENT, EvaluationSettings, Label, Task
+from signal_comparison import judge_signals
 
 CATEGORIES = (
     "strong_positive",
@@ -74,9 +81,64 @@ def simulate(name, task, n, seed, skill, sharpness, bins=20):
             )
         )
         predictions.append(prediction_from_logprobs(f"e{i}", task, logprobs[i]))
-    run = {"evaluation": {"bins": bins}}
+    evaluation = EvaluationSettings(bins=bins)
+    predictions = [replace(p, passes=1.0, latency_sec=0.004) for p in predictions]
+    predictions += [
+        *(
+            replace(p, passes=0.0, latency_sec=1e-5)
+            for p in consistency_predictions(task, predictions, evaluation)
+        ),
+        *simulate_signals(task, predictions, labels, name, np.random.default_rng(seed + 100)),
+    ]
+    free = [{"text": "N/A", "label_logprobs": np.log(label_probabilities(np.arange(k))).tolist()}]
+    signals = {"wordings": [], "content_free": free, "left_out": {}}
+    if name == "base":
+        signals["left_out"][MC_DROPOUT] = "the base model has no LoRA layers to drop out"
+    run = {"evaluation": asdict(evaluation), "signals": signals}
     identity = {"model": "simulated", "fingerprint": f"{name}-{seed}"}
     return ModelResults(name, task, identity, tuple(examples), tuple(predictions), run)
+
+
+def simulate_signals(task, own, labels, name, rng):
+    """Rows of every other signal: wordings and dropout blur the answer, P(True) knows a little more
+    than chance, and two replies in three are a number; a base model has no dropout."""
+    rows = []
+    for row, label in zip(own, labels, strict=True):
+        right = row.predicted == task.label_names[label]
+        base = np.array(row.label_logprobs)
+        for method, n_passes, blur in ((PARAPHRASE, 4, 0.8), (MC_DROPOUT, 5, 0.4)):
+            if method == MC_DROPOUT and name == "base":
+                continue
+            scores = base + rng.normal(0, blur, (n_passes, len(base)))
+            passes = np.log(label_probabilities(scores)) - 0.01
+            averaged = prediction_from_logprobs(
+                row.example_id,
+                task,
+                np.log(np.exp(passes).mean(axis=0)),
+                method=method,
+                pass_logprobs=tuple(map(tuple, passes.tolist())),
+            )
+            rows.append(replace(averaged, passes=float(n_passes), latency_sec=0.004 * n_passes))
+        sure = 1 / (1 + np.exp(-rng.normal(1.0 if right else -0.5, 1.5)))
+        asked = Prediction(
+            row.example_id,
+            P_TRUE,
+            label_mass=0.9,
+            predicted=row.predicted,
+            confidence=float(sure),
+            passes=1.0,
+            latency_sec=0.005,
+        )
+        stated = replace(
+            asked, method=VERBALISED, label_mass=None, confidence=round(float(sure), 1), passes=3.0
+        )
+        if rng.random() > 2 / 3:
+            error = "the reply 'Yes' is no whole number from 0 to 100"
+            stated = Prediction(
+                row.example_id, VERBALISED, error=error, passes=3.0, latency_sec=0.01
+            )
+        rows += [asked, stated]
+    return rows
 
 
 def write_cache(folder, task=SENTIMENT, n=2000, finetuned=True, bins=20):
@@ -96,6 +158,7 @@ def write_cache(folder, task=SENTIMENT, n=2000, finetuned=True, bins=20):
                 name: {
                     "identity": r.identity,
                     **judge_calibrators(r, bins, evaluation.resamples, evaluation.evaluation_seed),
+                    "signals": judge_signals(r, bins, evaluation.resamples),
                 }
                 for name, r in models.items()
             },

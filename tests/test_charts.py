@@ -23,8 +23,8 @@ import charts
 import generate_all_charts
 from calibration_metrics import clustered_wilson_interval, expected_calibration_error
 from comparison import calibrator_comparison
-from records import load_results
-from settings import ROOT, UserError
+from records import CONSISTENCY, PARAPHRASE, TOKEN_PROBABILITY, ModelResults, load_results
+from settings import ROOT, SENTIMENT, Label, Task, UserError
 from simulated_cache import CATEGORIES, simulated_cache
 
 
@@ -57,7 +57,7 @@ def model_of(confidence, correct, category=None):
         group=np.arange(len(label)).astype(str),
         probabilities=dict.fromkeys(charts.METHODS, probabilities),
         metrics=dict.fromkeys(charts.METHODS, metrics),
-        results=None,
+        results=ModelResults("base", SENTIMENT, {}, (), (), {}),
         entry={},
     )
 
@@ -251,9 +251,71 @@ def test_only_the_largest_categories_are_shown():
     assert data["models"]["base"]["count"][0] == len(category)
 
 
-def test_rows_without_categories_give_one_bar():
-    data = charts.prepare_accuracy_comparison([model_of([0.8, 0.7], [True, False])])
-    assert data["names"] == ["all test rows"]
+def test_rows_without_categories_are_shown_by_label():
+    data = charts.prepare_accuracy_comparison([model_of([0.8, 0.7, 0.9], [True, False, True])])
+    assert (data["names"][0], data["what"]) == ("all test rows", "labels")
+    of = data["models"]["base"]
+    by_name = dict(zip(data["names"], zip(of["count"], of["accuracy"], strict=True), strict=True))
+    assert by_name == {"all test rows": (3, 2 / 3), "positive": (2, 1.0), "negative": (1, 0.0)}
+    with_category = model_of([0.8, 0.7], [True, False], ["a", "a"])
+    assert charts.prepare_accuracy_comparison([with_category])["what"] == "categories"
+
+
+@pytest.mark.parametrize("name", ["two", "four"])
+def test_the_confusion_matrix_counts_every_row_once(evaluations, name):
+    models = evaluations[name].models
+    data = charts.prepare_confusion(models)
+    assert data["labels"] == models[0].results.task.label_names
+    for model in models:
+        of, answered = data["models"][model.name], model.probabilities["raw"].argmax(axis=1)
+        for i, j in np.ndindex(of["counts"].shape):
+            assert of["counts"][i, j] == ((model.label == i) & (answered == j)).sum()
+        np.testing.assert_allclose(of["share"].sum(axis=1), 1)
+        assert of["counts"].trace() == of["accuracy"] * len(model.label)
+
+
+def test_a_label_without_test_rows_has_an_empty_line_in_the_confusion_matrix():
+    of = charts.prepare_confusion([model_of([0.8, 0.7], [True, True])])["models"]["base"]
+    assert of["counts"].tolist() == [[2, 0], [0, 0]]
+    assert of["share"][0].tolist() == [1, 0] and np.isnan(of["share"][1]).all()
+
+
+def labels_of(k, name):
+    """A base model of k labels called `name` and a number, three test rows a label."""
+    task = Task("many", "Which?", tuple(Label(f"{name}{i}", (f"w{i}",)) for i in range(k)))
+    row = model_of([0.8] * 3 * k, [True] * 3 * k)
+    return replace(
+        row,
+        label=np.arange(3 * k) % k,
+        probabilities={"raw": np.random.default_rng(k).dirichlet(np.ones(k), 3 * k)},
+        results=replace(row.results, task=task),
+    )
+
+
+@pytest.mark.parametrize(
+    ("k", "name"), [(2, "a rather long name of a label "), (5, "five "), (12, "kind ")]
+)
+def test_a_confusion_matrix_shows_every_count_and_stays_inside_its_picture(evaluations, k, name):
+    base = labels_of(k, name)
+    many = replace(evaluations["two"], base=base, finetuned=replace(base, name="finetuned"))
+    (chart,) = charts.named(["calibration/confusion_matrix.png"])
+    figure = charts.render(chart, many).figure
+    counts = charts.prepare_confusion([base])["models"]["base"]["counts"]
+    for ax in figure.axes:
+        shown = [text.get_text().split("\n")[-1] for text in ax.texts]
+        assert shown == [str(count) for count in counts.ravel()]
+    for words, box in visible_texts(figure):
+        assert figure.bbox.containsx(box.x0) and figure.bbox.containsx(box.x1), words
+        assert figure.bbox.containsy(box.y0) and figure.bbox.containsy(box.y1), words
+    assert figure.get_figwidth() == 10
+
+
+def test_too_many_labels_have_no_confusion_matrix(evaluations):
+    (chart,) = charts.named(["calibration/confusion_matrix.png"])
+    for k, possible in ((12, True), (13, False)):
+        many = replace(evaluations["two"], base=labels_of(k, "k"))
+        assert (getattr(many, chart.needs) is not None) == possible
+    assert f"{charts.MOST_LABELS} labels" in generate_all_charts.NEEDS[chart.needs]
 
 
 def test_a_category_one_model_failed_on_has_no_accuracy():
@@ -286,13 +348,19 @@ def test_a_loss_that_was_not_measured_is_nan(evaluations):
 # Their numbers come from calibration rows and from bootstraps, which no single row allows.
 FROM_MANY_ROWS = {
     f"calibration/{name}.png"
-    for name in ("calibrator_comparison", "certified_thresholds", "sample_size")
+    for name in (
+        "calibrator_comparison",
+        "certified_thresholds",
+        "sample_size",
+        "agreement",
+        "signal_quality",
+    )
 }
 
 
 def visible_texts(figure):
     """Every text a reader sees, as (words, box in pixels)."""
-    texts = [*figure.findobj(Legend)[0].get_texts()]
+    texts = [text for legend in figure.findobj(Legend) for text in legend.get_texts()]
     for part in (figure, *figure.subfigs):
         texts += [t for t in (part._suptitle, part._supxlabel) if t is not None]
     for ax in figure.findobj(Axes):
@@ -401,7 +469,7 @@ def test_a_single_row_is_drawn(evaluations):
         for chart in charts.CHARTS
         if chart.file not in FROM_MANY_ROWS
     }
-    assert len(drawn) == 9  # one of each kind
+    assert len(drawn) == 10  # one of each kind
 
 
 def test_no_threshold_is_drawn_from_rows_that_cannot_be_divided(evaluations):
@@ -422,6 +490,56 @@ def test_category_names_are_shown_as_they_are(evaluations):
     shown = [words for words, _ in visible_texts(charts.render(chart, evaluation).figure)]
     assert "costs $5_{ to $10" in shown
     assert "a name far too long for the…" in shown
+
+
+# Signals.
+
+
+def test_agreement_is_the_share_of_samples_and_wordings_that_give_the_answer(evaluations):
+    for evaluation in evaluations.values():
+        for name, numbers in charts.prepare_agreement(evaluation.sampled)["models"].items():
+            results = getattr(evaluation, name).results
+            test = {e.id for e in results.examples if e.split == "test"}
+            of = {m: {} for m in (TOKEN_PROBABILITY, CONSISTENCY, PARAPHRASE)}
+            for p in results.predictions:
+                if p.method in of and p.example_id in test:
+                    of[p.method][p.example_id] = p
+            names = results.task.label_names
+            own = of[TOKEN_PROBABILITY]
+            drawn = [i for i in own if of[CONSISTENCY][i].error is None]
+            expected = [
+                of[CONSISTENCY][i].label_counts[names.index(own[i].predicted)] / 20 for i in drawn
+            ]
+            np.testing.assert_allclose(numbers["agreement"], expected)
+            np.testing.assert_allclose(
+                numbers["token_probability"], [own[i].confidence for i in drawn]
+            )
+            inside = np.interp(numbers["token_probability"], numbers["grid"], numbers["low"])
+            assert (numbers["agreement"] >= inside - 0.05).mean() > 0.95
+            worded = numbers["wordings"]
+            assert worded["count"].sum() == len(own)
+            shares = [
+                np.mean([np.argmax(q) == names.index(own[i].predicted) for q in p.pass_logprobs])
+                for i, p in of[PARAPHRASE].items()
+            ]
+            mean = np.nansum(worded["agreement"] * worded["count"]) / len(own)
+            assert mean == pytest.approx(np.mean(shares))
+
+
+def test_quality_runs_from_cheap_to_dear_and_ends_with_the_blend(evaluations):
+    data = charts.prepare_signal_quality(evaluations["two"].models)
+    cost = np.fmax(*(numbers["milliseconds"] for numbers in data["models"].values()))
+    assert data["names"][-1] == "combined" and (np.diff(cost[:-1]) >= 0).all()
+    base = data["models"]["base"]
+    at = data["names"].index("mc_dropout")
+    assert np.isnan(base["auroc_estimate"][at]) and np.isnan(base["passes"][at])
+    for name, numbers in data["models"].items():
+        methods = getattr(evaluations["two"], name).entry["signals"]["methods"]
+        for i, method in enumerate(data["names"]):
+            if method in methods:
+                for key in ("auroc", "log_loss"):
+                    for part in ("estimate", "low", "high"):
+                        assert numbers[f"{key}_{part}"][i] == methods[method]["metrics"][key][part]
 
 
 # Damaged caches.
@@ -482,7 +600,7 @@ def damage(folder, tmp_path, file, change):
             lambda d: d["models"]["finetuned"]["identity"].update(fingerprint="other"),
             "finetuned_model_results.json is of another model",
         ),
-        ("calibrated_results.json", lambda d: d.update(schema_version=99), "has schema 99, not 2"),
+        ("calibrated_results.json", lambda d: d.update(schema_version=99), "has schema 99, not "),
         ("calibrated_results.json", lambda d: d.pop("models"), "no 'models'"),
         (
             "evaluation_metadata.json",
@@ -540,6 +658,8 @@ FILES = [
             "training_progress",
         )
     ),
+    "calibration/agreement.png",
+    "calibration/signal_quality.png",
 ]
 
 

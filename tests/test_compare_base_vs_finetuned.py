@@ -78,14 +78,14 @@ def test_the_tables_show_every_measure_and_category(cache):
         assert (
             f"base {mcnemar['only_first']:,} rows, fine-tuned {mcnemar['only_second']:,}." in flat
         )
-    for part in (*numbers["categories"], *numbers["domains"]):
+    for part in (*numbers["labels"], *numbers["categories"], *numbers["domains"]):
         line = rf"^{part['name']} +{part['n']:,} +{part['n_groups']:,} .*"
         assert re.search(line, text, re.MULTILINE)
     for place in numbers["ranking"]:
         title = {"base": "base", "finetuned": "fine-tuned"}[place["model"]]
         line = rf"^{title}, {place['calibrator']} +{place['log_loss']:.3f} "
         assert re.search(line, text, re.MULTILINE)
-    assert text.count("How to read it: ") == 4
+    assert text.count("How to read it: ") == 5
 
 
 def test_winners_are_named_only_where_the_corrected_p_value_decides():

@@ -331,9 +331,8 @@ def test_models_without_two_groups_in_common_are_refused(models, keep):
 def test_a_breakdown_is_the_difference_within_each_category(models, both):
     first, second = models["two"].values()
     gain = differences(first, second, "selected")
-    for key in ("category", "domain"):
-        values = getattr(first, key)
-        parts = both["categories" if key == "category" else "domains"]
+    for key, name in (("label_name", "labels"), ("category", "categories"), ("domain", "domains")):
+        values, parts = getattr(first, key), both[name]
         assert sorted(part["name"] for part in parts) == sorted(set(values))
         assert sum(part["n"] for part in parts) == 1000
         for part in parts:

@@ -603,7 +603,7 @@ BAD_FILES = [
     ("a.jsonl", jsonl_bytes(rows_with(text=float("nan"))), r"a\.jsonl line 3 has no text"),
     ("a.jsonl", jsonl_bytes(rows_with(label=float("nan"))), r"a\.jsonl line 3 has no label"),
     ("a.jsonl", jsonl_bytes(rows_with(text=7)), r"line 3 has 7 in column 'text', not a text; name"),
-    ("a.jsonl", jsonl_bytes(rows_with(text="\ud83d")), r"a\.jsonl line 3 is not a JSON object"),
+    ("a.jsonl", jsonl_bytes(rows_with(text="\ud83d")), r"a\.jsonl line 3 holds half a character"),
     ("a.jsonl", b'{"text": "caf\xe9"}', r"a\.jsonl line 1 is not UTF-8"),
     ("a.csv.gz", csv_bytes(TWO), r"a\.csv\.gz is not a whole gzip file"),
     ("a.csv.gz", gzip.compress(csv_bytes(TWO))[:-9], r"a\.csv\.gz is not a whole gzip file"),

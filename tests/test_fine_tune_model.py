@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -17,6 +18,7 @@ from dataclasses import replace
 import pytest
 
 import fine_tune_model
+from conftest import ARCHITECTURES
 from dataset_loader import load_splits
 from fine_tune_model import (
     AnswerBatches,
@@ -287,38 +289,127 @@ def plain_loss(model, encoder, examples):
 def test_answer_loss_is_the_mean_of_plain_forward_passes_whatever_the_padding(classifier, task):
     encoder = PromptEncoder(classifier.tokenizer, task, max_tokens=256)
     assert (encoder.label_ids is None) == (task is COLLIDING)
-    rows = AnswerBatches(encoder, EXAMPLES, batch_size=8, seed=0).rows
+    rows = AnswerBatches((encoder,), EXAMPLES, batch_size=8, seed=0).orders[0]
     assert len({len(ids) for ids, _ in rows}) > 2  # so that there is padding
     expected = plain_loss(classifier.model, encoder, EXAMPLES)
-    together = float(answer_loss(classifier.model, rows, classifier.device).detach())
+    together = float(answer_loss(classifier.model, rows).detach())
     assert together == pytest.approx(sum(expected) / len(expected), abs=1e-3)
     for row, loss in zip(rows, expected, strict=True):
-        alone = float(answer_loss(classifier.model, [row], classifier.device).detach())
+        alone = float(answer_loss(classifier.model, [row]).detach())
         assert alone == pytest.approx(loss, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_sharing_the_prompt_leaves_the_gradients_as_they_are(tiny_model_folder, name):
+    import torch
+
+    model = ModelSettings(str(tiny_model_folder(name)), device="cpu")
+    classifier = TransformerLogprobsClassifier(model)
+    training = TrainingSettings(rank=4, dropout=0.0, target_modules="all-linear").for_model(1e6)
+    classifier.model = fine_tune_model.add_adapter(classifier, training)
+    torch.manual_seed(0)
+    trainable = [p for p in classifier.model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in trainable:  # a fresh adapter's second half is zero, and so are some gradients
+            p.add_(0.1 * torch.randn_like(p))
+    rows = AnswerBatches(classifier.encoders, EXAMPLES, batch_size=8, seed=0).orders[0]
+    classifier.model.train()
+    for module in classifier.model.modules():
+        if isinstance(module, torch.nn.Dropout):  # of GPT-2 itself
+            module.p = 0.0
+
+    def loss_and_gradient(share):
+        classifier.model.zero_grad()
+        loss = answer_loss(classifier.model, rows, share)
+        loss.backward()
+        return float(loss.detach()), torch.cat([p.grad.flatten() for p in trainable])
+
+    calls = []
+    hook = classifier.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    plain_loss, plain = loss_and_gradient(False)
+    loss, gradient = loss_and_gradient(True)
+    hook.remove()
+    assert len(calls) == 3  # whole prompts, then the prefix and the tails or whole prompts again
+    assert loss == pytest.approx(plain_loss, rel=1e-5)
+    assert float((gradient - plain).norm() / plain.norm()) < 1e-5
+    assert float(plain.norm()) > 1e-3
+
+
+def test_prompts_with_nothing_in_common_or_all_alike_are_trained_on_too(classifier):
+    ids = classifier.encoder.encode(["Good.", "Bad."])
+    answer = classifier.encoder.label_ids[0][:1]
+    (good, _), (bad, _) = ids
+    for batch in ([(good, answer)], [(good, answer)] * 3, [(good, answer), (bad[1:], answer)]):
+        expected = float(answer_loss(classifier.model, batch, share=False).detach())
+        assert float(answer_loss(classifier.model, batch).detach()) == pytest.approx(
+            expected, abs=1e-5
+        )
 
 
 def test_batches_are_a_pure_function_of_seed_and_epoch_and_cover_every_row_once(classifier):
     rows = [Example(str(i), f"{'very ' * (i % 17)}good {i}", "positive") for i in range(103)]
-    batches = AnswerBatches(classifier.encoder, rows, batch_size=8, seed=3)
+    batches = AnswerBatches(classifier.encoders, rows, batch_size=8, seed=3)
     first = batches.epoch(0)
     batches.epoch(5)
     assert batches.epoch(0) == first
-    assert AnswerBatches(classifier.encoder, rows, batch_size=8, seed=3).epoch(0) == first
+    assert AnswerBatches(classifier.encoders, rows, batch_size=8, seed=3).epoch(0) == first
     assert batches.epoch(1) != first
-    assert AnswerBatches(classifier.encoder, rows, batch_size=8, seed=4).epoch(0) != first
-    every = Counter(map(str, batches.rows))
+    assert AnswerBatches(classifier.encoders, rows, batch_size=8, seed=4).epoch(0) != first
+    every = Counter(map(str, batches.orders[0]))
     assert max(every.values()) == 1
     for epoch in range(3):
         assert Counter(str(row) for batch in batches.epoch(epoch) for row in batch) == every
         assert sorted(map(len, batches.epoch(epoch)))[1:] == [8] * 12
 
 
+def test_a_lettered_row_is_asked_in_an_order_drawn_anew_every_epoch(classifier):
+    names = ("world", "sports", "business", "tech")
+    task = Task("news", "What is it about?", tuple(Label(n, (n.upper(),)) for n in names))
+    lettered = classifier.for_task(replace(task, lettered=True))
+    rows = [Example(str(i), f"item {i} of the day", names[i % 4]) for i in range(400)]
+    batches = AnswerBatches(lettered.encoders, rows, batch_size=16, seed=5)
+    again = AnswerBatches(lettered.encoders, rows, batch_size=16, seed=5)
+    letters = []  # (epochs, rows)
+    for epoch in range(3):
+        assert batches.epoch(epoch) == again.epoch(epoch)
+        letter_of = {}
+        for ids, (token,) in (row for batch in batches.epoch(epoch) for row in batch):
+            prompt, letter = classifier.tokenizer.decode(ids), classifier.tokenizer.decode([token])
+            i = int(re.search(r"item (\d+) of", prompt)[1])
+            # The answer is the letter at which the prompt itself offers the label of the row.
+            assert f"\n{letter}. {rows[i].label.upper()}\n" in prompt
+            assert i not in letter_of
+            letter_of[i] = letter
+        letters.append([letter_of[i] for i in range(len(rows))])
+    for label in range(4):  # chi-square with 3 degrees of freedom: above 16.3 in one of 1,000 runs
+        counts = Counter(letters[0][label::4])
+        assert sum((counts[c] - 25) ** 2 / 25 for c in "ABCD") < 16.3
+    same = sum(a == b for a, b in zip(*letters[:2], strict=True))
+    assert 60 < same < 140  # a quarter by chance
+    other = AnswerBatches(lettered.encoders, rows, batch_size=16, seed=6)
+    assert other.epoch(0) != batches.epoch(0)
+
+
+def test_the_loss_of_rows_in_several_orders_is_the_mean_of_each_alone(classifier):
+    labels = (Label("a", ("good news",)), Label("b", ("bad",)), Label("c", ("none of it",)))
+    lettered = classifier.for_task(Task("t", "What is it?", labels, lettered=True))
+    rows = [Example(str(i), f"{'very ' * i}odd", "abc"[i % 3]) for i in range(9)]
+    batches = AnswerBatches(lettered.encoders, rows, batch_size=9, seed=0)
+    (batch,) = batches.epoch(0)
+    assert all(0 < sum(row in order for row in batch) < 9 for order in batches.orders)  # mixed
+
+    def loss(rows):
+        return float(answer_loss(classifier.model, rows, classifier.device).detach())
+
+    assert loss(batch) == pytest.approx(sum(loss([row]) for row in batch) / 9, abs=1e-4)
+
+
 def test_only_the_adapter_gets_gradients():
     classifier = TransformerLogprobsClassifier(MODEL)
     model = fine_tune_model.add_adapter(classifier, TrainingSettings(rank=4).for_model(7e6))
     model.train()
-    rows = AnswerBatches(classifier.encoder, EXAMPLES, batch_size=8, seed=0).rows
-    answer_loss(model, rows, classifier.device).backward()
+    rows = AnswerBatches(classifier.encoders, EXAMPLES, batch_size=8, seed=0).orders[0]
+    answer_loss(model, rows).backward()
     got = {name for name, p in model.named_parameters() if p.grad is not None}
     assert got == {name for name, p in model.named_parameters() if "lora_" in name}
     assert all(
@@ -552,12 +643,12 @@ def test_validation_does_not_change_the_gradients_of_four_bit_training():
     classifier = TransformerLogprobsClassifier(replace(MODEL, quantization="4bit"))
     training = TrainingSettings(rank=4, dropout=0.0).for_model(7e6)
     classifier.model = fine_tune_model.add_adapter(classifier, training)
-    rows = AnswerBatches(classifier.encoder, EXAMPLES, batch_size=8, seed=0).rows
+    rows = AnswerBatches(classifier.encoders, EXAMPLES, batch_size=8, seed=0).orders[0]
 
     def gradients():
         classifier.model.train()
         classifier.model.zero_grad()
-        answer_loss(classifier.model, rows, classifier.device).backward()
+        answer_loss(classifier.model, rows).backward()
         named = classifier.model.named_parameters()
         return {name: p.grad.clone() for name, p in named if p.requires_grad}
 

@@ -7,19 +7,31 @@ import numpy as np
 import pytest
 
 import generate_evaluation_cache
+from blend import SignalBlend, signal_rows
 from calibration import (
     CALIBRATORS,
     calibrated_probabilities,
     calibrators_for,
     fit_calibrator,
 )
-from consistency_confidence import consistency_predictions
+from consistency_confidence import (
+    consistency_predictions,
+    dropout_predictions,
+    other_wordings,
+    paraphrase_predictions,
+)
 from generate_evaluation_cache import PartialResults, generate
 from logprobs_confidence import TransformerLogprobsClassifier
+from prompted_confidence import p_true_predictions, p_true_siblings
 from records import (
     CONSISTENCY,
+    MC_DROPOUT,
     MODEL_FILES,
+    P_TRUE,
+    PARAPHRASE,
+    SCHEMA_VERSION,
     TOKEN_PROBABILITY,
+    VERBALISED,
     load_held_out,
     load_results,
     prediction_from_logprobs,
@@ -44,7 +56,8 @@ from test_fine_tune_model import (
     write_csv,
 )
 
-EVALUATION = EvaluationSettings(resamples=20)
+EVALUATION = EvaluationSettings(resamples=20, signals="none")
+WITH_SIGNALS = EvaluationSettings(resamples=20, dropout_passes=3)
 CACHE_FILES = {*MODEL_FILES.values(), "calibrated_results.json", "evaluation_metadata.json"}
 
 
@@ -67,6 +80,7 @@ class Run:
     def flags(self, **settings):
         values = {"data": self.data, "question": QUESTION, "labels": LABELS, "device": "cpu"}
         values |= {"output_dir": self.folder, "resamples": EVALUATION.resamples}
+        values |= {"signals": EVALUATION.signals}
         return command_line(values | settings)
 
     def main(self, *extra, **settings):
@@ -88,7 +102,7 @@ def evaluated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluated")
     run = Run(folder, write_csv(tmp_path_factory.mktemp("data") / "rows.csv", small_rows(240)))
     train(folder, run.data)
-    assert run.generate() == "evaluated"
+    assert run.generate(evaluation=WITH_SIGNALS) == "evaluated"
     return run
 
 
@@ -103,12 +117,12 @@ def run(evaluated, tmp_path):
 
 @pytest.fixture
 def scored(monkeypatch):
-    """The ids of every text that goes through a model, in order."""
+    """The ids of every held-out text that goes through a model, in order."""
     ids = []
     classify = TransformerLogprobsClassifier.classify_batch
 
     def record(self, texts, ids_of_texts=None, *arguments, **options):
-        ids.extend(ids_of_texts)
+        ids.extend(ids_of_texts or ())  # content-free texts have none
         return classify(self, texts, ids_of_texts, *arguments, **options)
 
     monkeypatch.setattr(TransformerLogprobsClassifier, "classify_batch", record)
@@ -148,9 +162,13 @@ def test_every_held_out_row_has_one_prediction_of_each_method(evaluated):
     for name in MODEL_FILES:
         results = evaluated.results(name)
         assert [e.id for e in results.examples] == [e.id for e in held_out]
-        for method in (TOKEN_PROBABILITY, CONSISTENCY):
+        methods = (TOKEN_PROBABILITY, CONSISTENCY, PARAPHRASE, P_TRUE, VERBALISED)
+        methods += (MC_DROPOUT,) * (name == "finetuned")
+        assert set(results.to_json()["counts"]) == set(methods)
+        for method in methods:
             rows = [p for p in results.predictions if p.method == method]
             assert [p.example_id for p in rows] == [e.id for e in held_out]
+            assert all(p.latency_sec > 0 for p in rows)
         counts = results.counts()
         assert counts == metadata["models"][name]["counts"]
         assert counts["requested"] == counts["scored"] == len(held_out)
@@ -215,6 +233,9 @@ def test_failed_and_truncated_rows_are_counted_and_are_no_predictions(tmp_path, 
     rows = [p for p in results.predictions if p.method == TOKEN_PROBABILITY]
     failed = [p for p in rows if p.error is not None]
     assert len(failed) == 2
+    # Samples of a random model are hardly ever an answer; nothing else fails that did not before.
+    failures = {m: counts["failed"] for m, counts in results.to_json()["counts"].items()}
+    assert failures.pop(CONSISTENCY) >= 2 and set(failures.values()) == {2}
     assert all("'[INST]'" in p.error and p.predicted is p.probability is None for p in failed)
     assert not {p.example_id for p in failed} & set(results.arrays("test")["id"])
 
@@ -231,10 +252,107 @@ def test_consistency_is_sampled_at_its_temperature_and_probability_is_not(run, e
     )
     expected = consistency_predictions(TASK, distributions, evaluation)
     got = [p for p in hot.predictions if p.method == CONSISTENCY]
-    assert got == expected
+    assert [replace(p, passes=None, latency_sec=None) for p in got] == expected
+    assert all(p.passes == 1 for p in got)  # at another temperature the samples cost a pass
     assert [p.label_counts for p in got] != [
         p.label_counts for p in cold.predictions if p.method == CONSISTENCY
     ]
+
+
+# The signals.
+
+
+def rows_of(results, method):
+    return [p for p in results.predictions if p.method == method]
+
+
+def test_signals_equal_a_direct_question(evaluated):
+    held_out = load_held_out(evaluated.folder / "fine_tuned_sentiment_model")
+    texts = [e.text for e in held_out]
+    classifier = TransformerLogprobsClassifier(
+        MODEL, evaluated.folder / "fine_tuned_sentiment_model", TASK
+    )
+    results = evaluated.results("finetuned")
+    own = rows_of(results, TOKEN_PROBABILITY)
+    siblings = [classifier.for_task(task) for task in other_wordings(TASK)]
+    direct = {
+        PARAPHRASE: paraphrase_predictions(siblings, texts, own),
+        P_TRUE: p_true_predictions(p_true_siblings(classifier), texts, own),
+    }
+    for method, rows in direct.items():
+        cached = rows_of(results, method)
+        assert [p.predicted for p in cached] == [p.predicted for p in rows]
+        difference = [a.confidence - b.confidence for a, b in zip(cached, rows, strict=True)]
+        assert np.abs(difference).max() < classifier.tolerance
+    # All texts are one chunk here, asked in the order of their lengths.
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    rows = dropout_predictions(
+        classifier, [texts[i] for i in order], [own[i] for i in order], 3, [42, 0]
+    )
+    cached = {p.example_id: p.pass_logprobs for p in rows_of(results, MC_DROPOUT)}
+    for row in rows:
+        np.testing.assert_allclose(cached[row.example_id], row.pass_logprobs, atol=1e-3)
+
+
+def test_the_cost_of_a_signal_is_counted_in_passes(evaluated):
+    results = evaluated.results("finetuned")
+    expected = {
+        TOKEN_PROBABILITY: 1,
+        CONSISTENCY: 0,
+        PARAPHRASE: len(other_wordings(TASK)),
+        P_TRUE: 1,
+        MC_DROPOUT: 3,
+    }
+    for method, passes in expected.items():
+        # A prefix that several texts share may go through the model once more a batch.
+        assert {round(p.passes) for p in rows_of(results, method)} == {passes}
+    assert all(p.passes >= 2 for p in rows_of(results, VERBALISED))  # the prompt and a reply
+
+
+def test_the_run_says_what_was_asked_and_what_was_left_out(evaluated):
+    base, tuned = (evaluated.results(name).run["signals"] for name in MODEL_FILES)
+    assert base["left_out"] == {MC_DROPOUT: "the base model has no LoRA layers to drop out"}
+    assert tuned["left_out"] == {}
+    for signals in (base, tuned):
+        asked = [{"question": t.question, "negated": False} for t in other_wordings(TASK)]
+        assert signals["wordings"] == asked
+        assert [row["text"] for row in signals["content_free"]] == ["N/A", "[MASK]", "..."]
+
+
+def test_the_signals_are_judged_and_their_blend_is_kept(evaluated):
+    for name, model in evaluated.json("calibrated_results.json")["models"].items():
+        signals, results = model["signals"], evaluated.results(name)
+        blend = SignalBlend.from_json(signals["combined"]["blend"])
+        fitting = results.arrays("calibration")
+        assert set(blend.fitted_ids) <= set(fitting["id"].tolist())
+        rows = signal_rows(results, "test", blend.parts)
+        predicted = blend.predict_proba(rows).argmax(axis=1)
+        accuracy = signals["methods"]["combined"]["metrics"]["accuracy"]["estimate"]
+        assert accuracy == pytest.approx((predicted == rows["label"]).mean())
+
+
+def test_no_signals_cost_nothing_but_the_content_free_texts(run, scored):
+    run.generate(base_only=True)
+    results = run.results("base")
+    assert set(results.to_json()["counts"]) == {TOKEN_PROBABILITY, CONSISTENCY}
+    assert len(scored) == len(results.examples)
+    methods = run.json("calibrated_results.json")["models"]["base"]["signals"]["methods"]
+    assert {"margin", "batch_calibration", "contextual_calibration"} < set(methods)
+
+
+def test_some_signals_are_asked_in_their_own_order(run):
+    evaluation = replace(WITH_SIGNALS, signals=" p_true , paraphrase,p_true")
+    run.generate(evaluation=evaluation, base_only=True)
+    counts = list(run.results("base").to_json()["counts"])
+    assert counts == [TOKEN_PROBABILITY, CONSISTENCY, PARAPHRASE, P_TRUE]
+
+
+def test_an_adapter_trained_without_dropout_says_so(run, tmp_path):
+    folder = tmp_path / "dry"
+    dry = Run(folder, write_csv(tmp_path / "dry.csv", small_rows(96)))
+    train(folder, dry.data, dropout=0.0)
+    dry.generate(evaluation=replace(WITH_SIGNALS, signals="mc_dropout"))
+    assert "--dropout above 0" in dry.results("finetuned").run["signals"]["left_out"][MC_DROPOUT]
 
 
 # Again, in part, or not at all.
@@ -323,7 +441,7 @@ def test_cache_folder_that_cannot_be_written_is_a_clear_error(run, capsys):
     assert f"error: cannot write {run.cache}" in capsys.readouterr().err
 
 
-def interrupt_after(monkeypatch, chunks, chunk=16):
+def interrupt_after(monkeypatch, chunks):
     """Ctrl-C once so many chunks of texts have been scored."""
     classify, calls = TransformerLogprobsClassifier.classify_batch, []
 
@@ -333,13 +451,14 @@ def interrupt_after(monkeypatch, chunks, chunk=16):
         calls.append(len(texts))
         return classify(self, texts, *arguments, **options)
 
-    monkeypatch.setattr(generate_evaluation_cache, "CHUNK", chunk)
+    monkeypatch.setattr(generate_evaluation_cache, "CHUNK", 16)
     monkeypatch.setattr(TransformerLogprobsClassifier, "classify_batch", interrupted)
 
 
 def test_interrupted_run_continues_with_the_missing_rows(
     run, evaluated, scored, monkeypatch, capsys
 ):
+    monkeypatch.setattr(generate_evaluation_cache, "CHUNK", 16)
     with monkeypatch.context() as patch:
         interrupt_after(patch, chunks=2)
         assert run.main() == 1
@@ -354,6 +473,30 @@ def test_interrupted_run_continues_with_the_missing_rows(
         difference = probabilities(run.results(name)) - probabilities(evaluated.results(name))
         assert np.abs(difference).max() < 1e-4
     assert {p.name for p in run.cache.iterdir()} == CACHE_FILES
+
+
+def test_signals_of_an_interrupted_run_end_with_the_numbers_of_any_other(run, scored, monkeypatch):
+    """Wherever it stops, no chunk is asked twice, and dropout masks are those of a whole run."""
+    evaluation = replace(WITH_SIGNALS, signals="paraphrase,mc_dropout,p_true", dropout_passes=2)
+    monkeypatch.setattr(generate_evaluation_cache, "CHUNK", 16)
+    run.generate(evaluation=evaluation)
+    whole = {name: run.results(name).predictions for name in MODEL_FILES}
+    n_scored = len(scored)
+    for file in CACHE_FILES:
+        (run.cache / file).unlink()
+    scored.clear()
+    chunks = (5, 9, 4, 8, 20)
+    for n in chunks:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt_after(patch, chunks=n)
+            run.generate(evaluation=evaluation)
+    run.generate(evaluation=evaluation)
+    # A chunk of several passes that was interrupted in the middle is asked again from its first.
+    assert n_scored <= len(scored) <= n_scored + len(chunks) * 16 * 5
+    for name, rows in whole.items():
+        again = run.results(name).predictions
+        timeless = [replace(p, latency_sec=None, passes=None) for p in rows]
+        assert [replace(p, latency_sec=None, passes=None) for p in again] == timeless
 
 
 def test_interrupted_run_leaves_the_earlier_evaluation_whole(run, monkeypatch):
@@ -382,7 +525,7 @@ def test_partial_file_cut_off_anywhere_gives_back_its_whole_rows(tmp_path):
     rows = [prediction_from_logprobs(f"é{i}", SENTIMENT, [-0.1, -3.0 - i]) for i in range(3)]
     partial.write(rows[:1])
     partial.append(rows[1:])
-    assert partial.read() == {row.example_id: row for row in rows}
+    assert partial.read() == {(row.method, row.example_id): row for row in rows}
     assert PartialResults(partial.path, "other").read() == {}
     whole = partial.path.read_bytes()
     for length in range(len(whole)):
@@ -414,7 +557,7 @@ def test_partial_file_damaged_in_the_middle_gives_back_the_rows_before(tmp_path,
         lambda text: text.replace('"split": "test"', '"split": "exam"'),
         lambda text: "[]",
         lambda text: "",
-        lambda text: text.replace('"schema_version": 2', '"schema_version": 99'),
+        lambda text: text.replace(f'"schema_version": {SCHEMA_VERSION}', '"schema_version": 99'),
     ],
 )
 def test_damaged_cache_file_is_a_clear_error(tmp_path, evaluated, damage):
@@ -439,6 +582,13 @@ def test_missing_cache_file_is_a_clear_error(tmp_path):
         ({"temperature": "nan"}, "--temperature must be above 0 and finite, got nan"),
         ({"temperature": "inf"}, "--temperature must be above 0 and finite, got inf"),
         ({"samples": 0}, "--samples must be above 0 and finite, got 0"),
+        ({"dropout_passes": 0}, "--dropout-passes must be above 0 and finite, got 0"),
+        (
+            {"signals": "p_true,vibes"},
+            "--signals has 'vibes'; give none, or some of paraphrase, mc",
+        ),
+        ({"signals": ""}, "--signals has ''; give none"),
+        ({"signals": "none,p_true"}, "--signals has 'none'; give none"),
         ({"bins": -1}, "--bins must be above 0 and finite, got -1"),
         ({"resamples": 0}, "--resamples must be above 0 and finite, got 0"),
         ({"evaluation_seed": -1}, "--evaluation-seed must be at least 0, got -1"),

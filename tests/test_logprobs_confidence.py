@@ -1,6 +1,7 @@
 """The shared classifier: label ids, exactness, batching, other architectures, bad input."""
 
 import copy
+import json
 import math
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,6 +35,7 @@ from settings import (
     ModelSettings,
     Task,
     UserError,
+    case_variants,
 )
 
 TEXTS = [
@@ -176,19 +179,24 @@ def test_shared_prompt_is_never_one_of_other_weights(adapter):
             seen.append(row.label_logprobs)
         return seen
 
+    def change(before):
+        return [abs(a[0] - b[0]) for a, b in zip(before, check(), strict=True)]
+
     first = check()
     with tuned.without_adapter():
-        base = check()
+        assert min(change(first)) > 1e-3
     assert check() == first
-    optimizer = torch.optim.SGD(
-        [p for name, p in tuned.model.named_parameters() if "lora_" in name], lr=0.1
-    )
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            p.grad = torch.ones_like(p)
-    optimizer.step()
-    for before, between, after in zip(first, base, check(), strict=True):
-        assert abs(before[0] - between[0]) > 1e-3 and abs(before[0] - after[0]) > 1e-3
+    weights = [p for name, p in tuned.model.named_parameters() if "lora_" in name]
+    with torch.no_grad():
+        for p in weights:
+            p.mul_(1.5)
+    assert min(change(first)) > 1e-3
+    second = check()
+    for p in weights:
+        p.requires_grad_(True)
+        p.grad = torch.ones_like(p)
+    torch.optim.AdamW(weights, lr=0.1, fused=True).step()  # leaves no trace in version counters
+    assert min(change(second)) > 1e-3
 
 
 def test_dropout_draws_by_its_seed_and_leaves_no_trace(adapter):
@@ -379,6 +387,50 @@ def test_words_that_collide_on_their_first_token_are_scored_whole(classifier):
             assert row.label_logprobs[k] == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("World", "Sports", "Business", "Sci/Tech"),  # short words, and one of several tokens
+        ("zqxcalm, which is longer", "zqxwild", "World"),  # two that begin alike
+        ("Positive", "Negative", "Neutral"),
+    ],
+)
+def test_named_labels_are_the_sum_over_their_spellings(classifier, names):
+    """By hand: the chain rule over a word's tokens, or its first token where all of them differ."""
+    task = Task("t", "Which?", tuple(Label(name, case_variants(name)) for name in names))
+    named = classifier.for_task(task)
+    tokenizer, prompt = classifier.tokenizer, named.encoder.prompt(TEXTS[0])
+    start = tokenizer(prompt, add_special_tokens=False).input_ids
+    words = []  # (labels, spellings, tokens)
+    for label in task.labels:
+        spelt = [tokenizer(prompt + w, add_special_tokens=False).input_ids for w in label.words]
+        words.append([tuple(ids[len(start) :]) for ids in spelt])
+    firsts = [{word[0] for word in spelt} for spelt in words]
+    distinct = len(set.union(*firsts)) == sum(map(len, firsts))
+    assert (named.encoder.label_ids is not None) == distinct
+    expected = []
+    for spelt in words:
+        scored = {word[:1] for word in spelt} if distinct else set(spelt)
+        total = 0.0
+        for word in scored:
+            with torch.inference_mode():
+                logits = classifier.model(torch.tensor([start + list(word)])).logits[0]
+            steps = logits[len(start) - 1 : -1].log_softmax(-1)
+            total += math.exp(sum(float(steps[j, token]) for j, token in enumerate(word)))
+        expected.append(math.log(total))
+    assert named.classify(TEXTS[0]).label_logprobs == pytest.approx(expected, abs=1e-3)
+
+
+def test_words_that_begin_alike_need_not_be_of_one_length(classifier):
+    task = named_task("zqxcalm, which is longer", "zqxwild", "World")  # zqx: no token has it whole
+    encoder = PromptEncoder(classifier.tokenizer, task, 512)
+    assert encoder.label_ids is None
+    lengths = [len(word) for (word,) in encoder.label_words]
+    assert len(set(lengths)) > 1
+    for name, (word,) in zip(encoder.task.label_names, encoder.label_words, strict=True):
+        assert classifier.tokenizer.decode(list(word)) == name
+
+
 def test_label_word_that_begins_another_is_refused(classifier):
     with pytest.raises(UserError, match="begins another"):
         PromptEncoder(classifier.tokenizer, named_task("basket", "basketball"), 512)
@@ -417,9 +469,85 @@ def test_another_task_shares_the_model_and_leaves_the_first_as_it_was(classifier
     assert classifier.classify("I loved it.").label_logprobs == before.label_logprobs
 
 
+NEWS = Task(
+    "news",
+    "What is this news item about?",
+    tuple(Label(n, (n,)) for n in ("World", "Sports", "Business", "Sci/Tech")),
+    lettered=True,
+)
+ITEMS = ("Stocks fell sharply on Monday.", "The striker scored twice.", "A new chip is out.")
+
+
+@pytest.fixture(scope="module")
+def lettered(classifier):
+    return classifier.for_task(NEWS)
+
+
+def test_lettered_probabilities_are_the_mean_over_every_order(classifier, lettered):
+    rows = lettered.classify_batch(list(ITEMS), ids=["a", "b", "c"])
+    assert [row.example_id for row in rows] == ["a", "b", "c"]
+    every = []  # (orders, texts, labels)
+    for order in NEWS.orders:
+        plain = classifier.for_task(order)
+        every.append([np.exp(brute_force_logprobs(plain, text)) for text in ITEMS])
+    spread = np.ptp(every, axis=0) / np.mean(every, axis=0)
+    assert spread.max() > 0.5, "the order makes no difference to this model"
+    for row, mean in zip(rows, np.mean(every, axis=0), strict=True):
+        assert np.exp(row.label_logprobs) == pytest.approx(mean, rel=1e-3)
+        assert row.label_mass == pytest.approx(mean.sum(), rel=1e-3)
+        assert row.predicted == NEWS.label_names[int(mean.argmax())]
+        assert row.probability == pytest.approx(mean[0] / mean.sum(), rel=1e-3)
+        assert row.confidence == pytest.approx(mean.max(), rel=1e-3)
+
+
+def test_where_the_list_of_options_begins_makes_no_difference(classifier, lettered):
+    rotated = classifier.for_task(replace(NEWS, labels=NEWS.labels[1:] + NEWS.labels[:1]))
+    for text in ITEMS:
+        first, second = lettered.classify(text), rotated.classify(text)
+        assert second.label_logprobs == pytest.approx(
+            first.label_logprobs[1:] + first.label_logprobs[:1], abs=1e-4
+        )
+
+
+def test_a_lettered_text_that_cannot_be_scored_is_one_error_row(lettered):
+    good, empty, long = lettered.classify_batch(["good", " ", "word " * 3000])
+    assert good.error is None and not good.truncated
+    assert "empty" in empty.error and empty.label_logprobs is None
+    assert long.truncated and long.error is None
+
+
+def test_a_calibrator_of_lettered_options_fits_nothing_else(classifier, lettered):
+    tasks = (
+        NEWS,
+        NEWS.orders[0],  # what a user could write by hand: the same prompt, one order
+        replace(NEWS, labels=NEWS.labels[1:] + NEWS.labels[:1]),
+        replace(NEWS, labels=(replace(NEWS.labels[0], words=("Abroad",)), *NEWS.labels[1:])),
+        replace(NEWS, lettered=False),
+    )
+    prints = [classifier.for_task(task).identity["fingerprint"] for task in tasks]
+    assert len(set(prints)) == len(tasks)
+    assert lettered.identity["fingerprint"] == prints[0]
+    assert lettered.identity["orders"] == 4 and classifier.identity["orders"] == 1
+    assert lettered.identity["label_words"]["Sci/Tech"] == ["D"]
+
+
+def test_the_explanation_of_lettered_options_shows_one_order_and_the_mean(lettered):
+    explanation = lettered.explain(ITEMS[0], k=3)
+    assert "\nD. Sci/Tech\n" in explanation.prompt
+    assert explanation.orders[0] == explanation.prediction and len(explanation.orders) == 4
+    assert {t.token for tokens in explanation.words.values() for t in tokens} == set(
+        map(repr, "ABCD")
+    )
+    total = explanation.words["World"][0].logprob
+    assert total == pytest.approx(explanation.prediction.label_logprobs[0], abs=1e-4)
+    answer = lettered.classify(ITEMS[0])
+    assert explanation.answer.label_logprobs == pytest.approx(answer.label_logprobs, abs=1e-5)
+
+
 def test_explanation_adds_up(classifier):
     explanation = classifier.explain("I loved it.", k=8)
     row = explanation.prediction
+    assert explanation.answer is row and explanation.orders == (row,)
     assert [t.rank for t in explanation.top] == list(range(1, 9))
     assert explanation.prompt.count("I loved it.") == 1
     for name, logprob in zip(SENTIMENT.label_names, row.label_logprobs, strict=True):
@@ -533,6 +661,22 @@ def test_damaged_or_missing_adapter_is_one_clear_error(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(UserError, match="--force-retrain"):
         TransformerLogprobsClassifier(adapter=tmp_path)
+
+
+def test_the_demonstration_asks_any_task(capsys, tmp_path):
+    path = tmp_path / "task.json"
+    labels = [{"name": "an_unusually_long_name"}, {"name": "b"}, {"name": "c"}]
+    task = {"name": "t", "question": "Which?", "labels": labels, "lettered": True}
+    path.write_text(json.dumps(task))
+    assert main(["--task", str(path), "x", "y"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert "P(an_unusually_long_name)" in header
+    assert [row.split()[-1] for row in rows] == ["x", "y"]
+    assert all(
+        row.index(text) == header.index("text") for row, text in zip(rows, "xy", strict=True)
+    )
+    assert main(["--task", "spamm", "x"]) == 1
+    assert "the shipped tasks are" in capsys.readouterr().err
 
 
 def test_demonstration_prints_a_row_a_text(capsys):

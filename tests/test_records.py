@@ -99,6 +99,8 @@ PREDICTIONS = st.builds(
     probability=st.none() | share,
     confidence=st.none() | share,
     label_counts=st.none() | st.tuples(st.integers(0, 20), st.integers(0, 20)),
+    pass_logprobs=st.none() | st.lists(st.tuples(finite, finite), min_size=1).map(tuple),
+    passes=st.none() | st.floats(0, 100),
     truncated=st.booleans(),
     latency_sec=st.none() | st.floats(0, 1e3),
     error=st.none() | st.text(min_size=1),
@@ -321,8 +323,11 @@ def test_a_folder_in_place_of_a_file_names_the_next_step(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.pop("schema_version"), "has schema None, not 2"),
-        (lambda d: d.update(schema_version=SCHEMA_VERSION + 1), "has schema 3, not 2"),
+        (lambda d: d.pop("schema_version"), f"has schema None, not {SCHEMA_VERSION}"),
+        (
+            lambda d: d.update(schema_version=SCHEMA_VERSION + 1),
+            f"has schema {SCHEMA_VERSION + 1}, not {SCHEMA_VERSION}",
+        ),
         (lambda d: d.pop("task"), "is damaged (KeyError: 'task')"),
         (lambda d: d.update(predictions=None), "is damaged (TypeError"),
         (lambda d: d["predictions"][0].update(colour="red"), "unknown prediction field 'colour'"),

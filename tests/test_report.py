@@ -29,6 +29,9 @@ def test_summary_states_the_accuracy_counted_from_the_rows():
             rows_of = test["category"] == category
             assert rows_of.sum() == 125
             assert value == test["correct"][rows_of].mean()
+        for k, label in enumerate(("positive", "negative")):
+            of_label = 100 * test["correct"][test["label"] == k].mean()
+            assert table[f"accuracy, true label {label}, %"][column] == f"{of_label:.1f}"
 
 
 def test_every_calibration_error_stands_beside_its_null_value():

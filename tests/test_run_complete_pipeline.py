@@ -39,13 +39,17 @@ samples = 9
 SCRIPT = str(ROOT / "run_complete_pipeline.py")
 
 
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::RuntimeWarning"}
+
+
 def run_pipeline(*arguments):
     return subprocess.run(
         [sys.executable, SCRIPT, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::RuntimeWarning"},
+        env=environment(),
     )
 
 
@@ -212,12 +216,18 @@ output_dir = '{output}'
     assert "Traceback" not in first.stderr + second.stderr
 
 
-def test_whole_pipeline_runs_with_three_labels(tmp_path):
+def test_whole_pipeline_runs_with_lettered_options_from_a_task_file(tmp_path):
     labels = ("animal", "plant", "metal")
+    task = {
+        "name": "kind",
+        "question": "What does this text name?",
+        "labels": [{"name": label, "words": [f"some {label}"]} for label in labels],
+        "lettered": True,
+        "wordings": ["Which of these is in the text?"],
+    }
     settings = {
         "data": write_csv(tmp_path / "three.csv", small_rows(150, labels)),
-        "question": "Does this text name an animal, a plant or a metal?",
-        "labels": ",".join(labels),
+        "task": write(tmp_path / "kind.json", json.dumps(task)),
         "device": "cpu",
         "epochs": 1,
         "batch_size": 16,
@@ -230,7 +240,7 @@ def test_whole_pipeline_runs_with_three_labels(tmp_path):
     calibrated = json.loads((tmp_path / "evaluation_cache/calibrated_results.json").read_text())
     for name in ("base", "finetuned"):
         results = load_results(tmp_path / f"evaluation_cache/{name}_model_results.json")
-        assert results.task.label_names == labels
+        assert results.task.label_names == labels and results.identity["orders"] == 3
         test = results.arrays("test")
         assert test["label_logprobs"].shape == (len(test["id"]), 3)
         for method in calibrated["models"][name]["test"]["methods"].values():

@@ -47,6 +47,12 @@ CLASSES = (
     EvaluationSettings,
     OutputSettings,
 )
+MOOD = Task(
+    "mood",
+    "Which mood is it?",
+    (Label("glad", ("happy",)), Label("sad", ("not happy",)), Label("mad", ("angry",))),
+    lettered=True,
+)
 SPAM = Task("spam", "Is this spam?", (Label("spam", ("yes",)), Label("ham", ("no",))))
 
 
@@ -95,12 +101,94 @@ def test_a_task_that_cannot_be_asked_is_refused(question, labels, message):
 
 
 def test_a_task_survives_json():
-    for task in (SENTIMENT, SPAM):
+    for task in (SENTIMENT, SPAM, MOOD):
         assert Task.from_json(json.loads(json.dumps(task.to_json()))) == task
+    optional = ("wordings", "negated", "lettered")
+    without = {k: v for k, v in SPAM.to_json().items() if k not in optional}
+    assert Task.from_json(without) == SPAM
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"wordings": [" "]}, "empty question"),
+        ({"wordings": ["Spam?", "Spam? "]}, "has a wording twice"),
+        ({"wordings": ["Spam?"], "negated": ["Spam?"]}, "has a wording twice"),
+        ({"wordings": ["Is {it} spam?"]}, "has {it}; the one slot"),
+        ({"negated": ["Ham? {text} {text}"]}, "has {text}, {text}; the one slot"),
+        (
+            {"labels": [*SPAM.labels, Label("?", ("maybe",))], "negated": ["Is it ham?"]},
+            "has 3 labels; negated questions swap",
+        ),
+    ],
+)
+def test_other_wordings_must_be_questions_of_their_own(more, message):
+    with pytest.raises(UserError, match=message):
+        replace(SPAM, **more)
+
+
+# Lettered options
+
+
+def test_a_plain_task_has_one_order_itself():
+    assert SENTIMENT.orders == (SENTIMENT,)
+    assert SENTIMENT.asked.orders == (replace(SENTIMENT, wordings=(), negated=()),)
+
+
+def test_lettered_options_are_listed_below_the_question_and_answered_with_the_letter():
+    first, second, third = MOOD.orders
+    assert first.user_message("Ha!") == (
+        "Which mood is it?\n\nA. happy\nB. not happy\nC. angry\n\nAnswer with one letter."
+        "\n\nText: Ha!"
+    )
+    assert [label.words for label in first.labels] == [("A",), ("B",), ("C",)]
+    assert "\n\nA. angry\nB. happy\nC. not happy\n\n" in second.question
+    assert [label.words for label in second.labels] == [("B",), ("C",), ("A",)]
+    assert "\n\nA. not happy\nB. angry\nC. happy\n\n" in third.question
+    slot = replace(MOOD, question="Read this: {text} Which mood is it?")
+    assert slot.orders[0].user_message("Ha!").startswith("Read this: Ha! Which mood is it?\n\nA. ")
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 26])
+def test_over_all_orders_every_label_is_once_at_every_letter(k):
+    labels = tuple(Label(f"name {i}", (f"option {i}",)) for i in range(k))
+    orders = Task("t", "Which?", labels, lettered=True).orders
+    assert len(set(orders)) == len(orders) == k
+    assert all(order.label_names == tuple(label.name for label in labels) for order in orders)
+    for i, label in enumerate(labels):
+        letters = [order.labels[i].words[0] for order in orders]
+        assert sorted(letters) == [chr(ord("A") + j) for j in range(k)]
+        for order, letter in zip(orders, letters, strict=True):
+            assert f"\n{letter}. {label.words[0]}\n" in order.question
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"labels": tuple(Label(f"l{i}", (f"o{i}",)) for i in range(27))},
+            "has 27 labels; lettered options go from A to Z, 26 at most",
+        ),
+        (
+            {"labels": (Label("glad", case_variants("happy")), *MOOD.labels[1:])},
+            "needs exactly one word, the text of its option, got 'Happy', 'happy', 'HAPPY'",
+        ),
+        ({"labels": (Label("glad", ("{text}",)), *MOOD.labels[1:])}, "needs exactly one word"),
+        ({"labels": MOOD.labels[:1]}, "has 1 label, at least 2"),
+        (
+            {"labels": (MOOD.labels[0], replace(MOOD.labels[0], name="sad"))},
+            "'happy' belongs to both",
+        ),
+        ({"labels": MOOD.labels[:2], "negated": ["Is it not?"]}, "has lettered options; negated"),
+    ],
+)
+def test_options_that_cannot_be_lettered_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        replace(MOOD, **change)
 
 
 def test_lists_become_tuples_so_that_a_task_can_be_a_key():
-    task = Task("spam", "Is this spam?", [Label("spam", ["yes"]), Label("ham", ["no"])])
+    task = Task("spam", "Is this spam?", [Label("spam", ["yes"]), Label("ham", ["no"])], [], [])
     assert task == SPAM and hash(task) == hash(SPAM)
 
 
@@ -192,6 +280,18 @@ def test_a_task_file_needs_no_words(tmp_path):
     ]
 
 
+def test_a_task_file_can_ask_for_letters(tmp_path):
+    path = tmp_path / "mood.json"
+    labels = [{"name": "Sci/Tech"}, {"name": "sad", "words": ["not happy"]}]
+    task = {"name": "mood", "question": "Which?", "labels": labels, "lettered": True}
+    path.write_text(json.dumps(task))
+    read = read_task(str(path))
+    assert read.lettered and [label.words[0] for label in read.labels] == ["Sci/Tech", "not happy"]
+    path.write_text(json.dumps(task | {"lettered": "yes"}))
+    with pytest.raises(UserError, match="lettered must be true or false, got 'yes'"):
+        read_task(str(path))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -202,6 +302,13 @@ def test_a_task_file_needs_no_words(tmp_path):
         ({"labels": [{"words": ["b"]}]}, "a label has no 'name'"),
         ({"labels": [{"name": "a", "words": "b"}]}, "must be a list of texts"),
         ({"prompt": "?"}, "unknown key 'prompt'"),
+        ({"wordings": "?"}, "the questions 'wordings' of a task must be a list of texts, got '?'"),
+        (
+            {"negated": ["?", 3]},
+            "the questions 'negated' of a task must be a list of texts, got ['?', 3]",
+        ),
+        ({"wordings": ["Q?"]}, "a wording repeats the question 'Q?'"),
+        ({"negated": [""]}, "task 't' has an empty question"),
         ({"question": 3}, "question of a task must be text, got 3"),
         ({"question": "Is {it} so?"}, "has {it}; the one slot"),
         ({"question": "Is {text} {text}?"}, "the one slot it may have"),
@@ -316,6 +423,9 @@ def test_fingerprints_ignore_the_order_of_keys_and_see_every_field():
         replace(SENTIMENT, question=SENTIMENT.question + " "),
         replace(SENTIMENT, labels=(second, first)),
         replace(SENTIMENT, labels=(replace(first, words=first.words[:2]), second)),
+        replace(SENTIMENT, wordings=()),
+        replace(SENTIMENT, negated=SENTIMENT.negated[:1]),
+        replace(MOOD, lettered=False),
     ):
         assert fingerprint(other.to_json()) != print_of_sentiment
 
