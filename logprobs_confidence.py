@@ -335,8 +335,6 @@ def quiet_libraries():
     # An adapter on a tied embedding matters to whoever merges it; it is never merged here.
     warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    # The server says for every row which adapter it asks; the active one is of no interest.
-    warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted", UserWarning)
 
 
 def torch_device(device):

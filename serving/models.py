@@ -43,6 +43,8 @@ CALIBRATOR_FILE = "calibrator.json"
 BASE_ROWS = "__base__"  # PEFT's name of no adapter in a mixed batch
 LOOK_AGAIN_SEC = 1.0  # between two looks at the folders
 RETRAIN = "run: python fine_tune_model.py --force-retrain"
+# What reading a folder may raise that is damaged, or that is being written or removed meanwhile.
+UNREADABLE = (UserError, OSError, ValueError, TypeError, LookupError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -167,9 +169,9 @@ class Catalogue:
             return known
         try:
             model = self._open(name, folder)
-        except UserError as error:
+        except UNREADABLE as error:
             log.warning("%s cannot be served: %s", name, error)
-            model = BrokenModel(name, str(error))
+            model = BrokenModel(name, str(error) or type(error).__name__)
         return _Folder(signature, model)
 
     def _open(self, name, folder):
@@ -301,13 +303,11 @@ class Evaluated:
         if known is not None and known.signature == signature:
             return known
         try:
-            models = load_models(cache_dir)
-        except UserError as error:
+            models = load_models(cache_dir).values()
+            measured = {m.results.identity["fingerprint"]: measured_decisions(m) for m in models}
+        except UNREADABLE as error:
             log.warning("no evaluation: %s", error)
-            return cls(signature, {}, str(error))
-        measured = {
-            m.results.identity["fingerprint"]: measured_decisions(m) for m in models.values()
-        }
+            return cls(signature, {}, str(error) or type(error).__name__)
         return cls(signature, measured)
 
     def decisions_of(self, identity):
@@ -331,6 +331,20 @@ def measured_decisions(model):
 
 
 # ----------------------------------------------------------------------------------- the weights
+
+
+def adapter_holder(model):
+    """A `PeftModel` around the model, whose layers can take adapters from then on.
+
+    PEFT cannot be without an active adapter, and loses track of it when that is deleted. So the
+    active one is of rank 1 on one layer, is asked by no row and stays.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    linear = next(n for n, layer in model.named_modules() if isinstance(layer, torch.nn.Linear))
+    config = LoraConfig(task_type="CAUSAL_LM", r=1, target_modules=[linear])
+    return get_peft_model(model, config, adapter_name="unused")
 
 
 class Row(list):
@@ -358,6 +372,7 @@ class SharedModel:
             max_adapters,
         )
         self.failed = {}  # key of an adapter that cannot be loaded: why
+        self._holder = None  # PEFT's view of the model, by which adapters come and go
         self._loaded = OrderedDict()  # key of an adapter: its task; the least recently used first
         self._classifiers = {classifier.task: classifier}
         self._prefixes = {}  # (key of an adapter or None, shared token ids): `SharedPrefix`
@@ -392,19 +407,17 @@ class SharedModel:
     def _drop(self, key):
         self._loaded.pop(key, None)
         self._prefixes = {k: prefix for k, prefix in self._prefixes.items() if k[0] != key}
-        if key in getattr(self.engine.model, "peft_config", {}):
-            self.engine.model.delete_adapter(key)
+        if key in self._holder.peft_config:
+            self._holder.delete_adapter(key)
 
     def _load(self, model):
         import safetensors
-        from peft import PeftModel
 
+        if self._holder is None:
+            self._holder = adapter_holder(self.engine.model)
         folder = str(model.folder)
         try:
-            if isinstance(self.engine.model, PeftModel):
-                self.engine.model.load_adapter(folder, model.key)
-            else:
-                self.engine.model = PeftModel.from_pretrained(self.engine.model, folder, model.key)
+            self._holder.load_adapter(folder, model.key)
             self.engine.model.eval()
             self._tell_layers()
             if weights_fingerprint(folder) != model.key:
