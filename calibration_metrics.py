@@ -1451,12 +1451,12 @@ def compare(probabilities_by_method, label, reference="raw", group=None, strata=
     methods = [name for name in probabilities_by_method if name != reference]
     if not methods:
         raise ValueError(f"probabilities_by_method must hold a method besides {reference!r}")
-    shape = np.shape(probabilities_by_method[reference])
-    rows = {}
+    rows, shape = {}, None
     for name in (reference, *methods):
         checked = _probabilities_and_label(
             probabilities_by_method[name], label, f"probabilities of {name!r}"
         )
+        shape = shape or checked[0].shape
         if checked[0].shape != shape:
             raise ValueError(
                 f"probabilities of {name!r} must have the shape of those of {reference!r} "
