@@ -824,7 +824,8 @@ def risk_coverage_curve(confidence, correct):
     confidence: (n,) float in [0, 1]; correct: (n,) bool.
     Returns {"threshold", "coverage", "risk"}, each (m,) over the distinct confidences, descending:
     the share of rows with confidence ≥ threshold, and the share of errors among them. Not a
-    promise for new rows: a threshold chosen here was chosen to look good here.
+    promise for new rows: a threshold chosen here was chosen to look good here. Intervals at a
+    coverage or a risk: `measure`.
     Source: El-Yaniv and Wiener 2010, https://jmlr.org/papers/v11/el-yaniv10a.html
     """
     cells = _cells(*as_confidence_and_correct(confidence, correct))
@@ -939,11 +940,8 @@ def _tested(name, confidence, correct, group, n_draws, seed):
     confidence, correct = as_confidence_and_correct(confidence, correct)
     null = None
     if group is not None:
-        kernels, member = (
-            {name: CALIBRATION_TESTS[name][0]},
-            _members(group, "confidence", confidence),
-        )
-        n_draws = as_count("n_draws", n_draws)
+        member = _members(group, "confidence", confidence)
+        kernels, n_draws = {name: CALIBRATION_TESTS[name][0]}, as_count("n_draws", n_draws)
         null = _null_values(confidence, kernels, n_draws, seed, correct, member)[name]
     result = _calibration_test(name, _cells(confidence, correct), null)
     _defined(name, result["statistic"])
@@ -1295,7 +1293,8 @@ def measure(
           `null_calibration_error` under the same group.
     What is undefined is None, with a "reason"; resamples on which the metric is undefined are left
     out and counted as "undefined_resamples". Below FEW_GROUPS rows or groups the interval is too
-    narrow. Costs about 0.3 s for 1,000 rows, at worst half a second a resample for 1,000,000.
+    narrow, and a share of exactly 0 or 1 has an interval of width 0. Takes 0.1 to 0.3 s for 1,000
+    rows, and for 1,000,000 about 0.15 s a resample.
     """
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
@@ -1452,12 +1451,12 @@ def compare(probabilities_by_method, label, reference="raw", group=None, strata=
     methods = [name for name in probabilities_by_method if name != reference]
     if not methods:
         raise ValueError(f"probabilities_by_method must hold a method besides {reference!r}")
-    shape = np.shape(probabilities_by_method[reference])
-    rows = {}
+    rows, shape = {}, None
     for name in (reference, *methods):
         checked = _probabilities_and_label(
             probabilities_by_method[name], label, f"probabilities of {name!r}"
         )
+        shape = shape or checked[0].shape
         if checked[0].shape != shape:
             raise ValueError(
                 f"probabilities of {name!r} must have the shape of those of {reference!r} "

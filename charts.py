@@ -326,8 +326,8 @@ def prepare_confusion(models, method="raw"):
 def prepare_calibration_errors(models):
     """The ECE of each of METHODS: for each model estimate, low, high, null_mean; (methods,) each.
 
-    low, high: bootstrap interval, which may lie above the estimate; null_mean: the ECE that a
-    perfectly calibrated model with these confidences shows on average.
+    low, high: its interval, chance included; null_mean: the ECE that a perfectly calibrated model
+    with these confidences shows on average.
     """
     keys = ("estimate", "low", "high", "null_mean")
     return {

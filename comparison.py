@@ -202,8 +202,15 @@ def judge_calibrators(results, n_bins=20, n_resamples=1000, seed=0):
       selection: {"chosen": name, "calibrators": table} of `select_calibrator` on calibration rows;
       test: {"ids", "label", "methods": {name: {"probabilities" (9 digits), "metrics"}}};
       comparison: `calibration_metrics.compare` of every calibrator with "raw".
+    Raises UserError when the rows of a split are of fewer than 2 near-duplicate groups.
     """
     fitting, test = results.arrays("calibration"), results.arrays("test")
+    for rows in (fitting, test):
+        if (n_groups := len(np.unique(rows["group"]))) < 2:
+            raise UserError(
+                f"{results.name}: the scored {rows['split']} rows are of {n_groups} near-duplicate "
+                "groups; at least 2 are needed to measure anything: label more texts"
+            )
     calibrators, probabilities, methods = {}, {}, {}
     for name in calibrators_for(len(results.task.labels)):
         calibrator = fit_calibrator(name, fitting)

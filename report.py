@@ -6,7 +6,6 @@ Layer 1: reads evaluation_cache/, loads no model and draws nothing. Everything i
 import textwrap
 from pathlib import Path
 
-from calibration_metrics import FEW_GROUPS
 from records import MODEL_FILES, load_results, read_json
 
 METHODS = ("raw", "platt", "isotonic")
@@ -36,6 +35,8 @@ def few_groups_warnings(n_groups: dict[str, int]) -> list[str]:
     n_groups: near-duplicate groups by what the rows are: "test rows", "books". One group or none
     has no interval.
     """
+    from calibration_metrics import FEW_GROUPS  # scipy, which --help need not wait for
+
     few = [f"{rows} ({count})" for rows, count in n_groups.items() if 1 < count < FEW_GROUPS]
     if not few:
         return []

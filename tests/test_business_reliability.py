@@ -90,6 +90,9 @@ def test_the_tables_show_every_zone_promise_and_policy(cache):
             outcome = {None: "nothing automated", True: "kept", False: "broken"}[test["kept"]]
             line = rf"^{100 * row['promise']:g} % right, {way} +{shown} .*{outcome}$"
             assert re.search(line, text, re.MULTILINE)
+            if test["automated"]:
+                line = rf"^.* {test['expected_errors']:,.0f} +{test['errors']:,} +"
+                assert re.search(line, text, re.MULTILINE)
     for row in numbers["costs"]["table"]:
         assert f"{row['estimate']:,.0f} [{row['low']:,.0f}, {row['high']:,.0f}]" in text
     assert text.count("How to read it: ") == 3
@@ -104,6 +107,13 @@ def test_no_threshold_is_said_in_words(small_cache):
     flat = " ".join(text.split())
     assert flat.count("no threshold can be certified, send everything to a person") == 3
     assert "nothing automated" in text
+
+
+def test_intervals_of_few_groups_come_with_a_warning(cache, small_cache):
+    (warning,) = numbers_of(small_cache)["warnings"]
+    assert "near-duplicate groups: test rows (20). Bootstrap intervals" in warning
+    assert warning in " ".join(run(small_cache).split())
+    assert numbers_of(cache)["warnings"] == [] and "Fewer than" not in run(cache)
 
 
 def test_costs_are_options(cache):

@@ -40,14 +40,26 @@ def numbers_of(name, *arguments):
 @pytest.mark.parametrize("name", ["two", "four", "alone"])
 def test_json_holds_the_numbers_of_the_library(name):
     models = load_models(simulated_cache(name))
+    numbers = numbers_of(name)
+    warnings = {model: of.pop("warnings") for model, of in numbers.items()}
     expected = {model: calibrator_comparison(of) for model, of in models.items()}
-    assert numbers_of(name) == json.loads(json.dumps(expected))
+    assert numbers == json.loads(json.dumps(expected))
+    assert any(warnings.values()) == (name == "alone")
+
+
+@pytest.mark.parametrize("arguments", [(), ("--pitfalls",)])
+def test_intervals_of_few_groups_come_with_a_warning(arguments):
+    (warning,) = numbers_of("alone", *arguments)["base"]["warnings"]
+    assert "calibration rows (20), test rows (20). Bootstrap intervals" in warning
+    assert warning in " ".join(run("alone", *arguments).split())
+    assert "Fewer than" not in run("two", *arguments)
 
 
 def test_json_of_the_pitfalls_holds_the_numbers_of_the_library():
     models = load_models(simulated_cache("alone"))
-    expected = json.loads(json.dumps({"base": pitfalls(models["base"])}))
-    assert numbers_of("alone", "--pitfalls") == expected
+    expected = json.loads(json.dumps(pitfalls(models["base"])))
+    numbers = numbers_of("alone", "--pitfalls")["base"]
+    assert {key: value for key, value in numbers.items() if key != "warnings"} == expected
 
 
 @pytest.mark.parametrize(("name", "n_labels"), [("two", 2), ("four", 4)])

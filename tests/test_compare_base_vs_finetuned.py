@@ -54,7 +54,8 @@ def cache(request, sixty):
 
 def test_json_and_text_hold_the_numbers_of_the_library(sixty):
     expected = model_comparison(*load_models(sixty).values())
-    assert numbers_of(sixty) == json.loads(json.dumps(expected))
+    numbers = {key: value for key, value in numbers_of(sixty).items() if key != "warnings"}
+    assert numbers == json.loads(json.dumps(expected))
     assert run(sixty) == text_of(sixty) + "\n"
 
 
@@ -73,6 +74,9 @@ def test_the_tables_show_every_measure_and_category(cache):
             values = [f"{factor * of[name]:.{digits}f}" for name in ("base", "finetuned")]
             cells = " +".join(map(re.escape, [*values, with_interval(of, factor, digits)]))
             assert re.search(rf"^{title} +{cells} ", text, re.MULTILINE)
+        for title, key in (("ECE if perfect", "null_mean"), ("95 % stay below", "null_p95")):
+            null = [f"{method['ece'][key][name]:.3f}" for name in ("base", "finetuned")]
+            assert re.search(rf"^{title} +{' +'.join(null)}$", text, re.MULTILINE)
         mcnemar = method["mcnemar"]
         flat = " ".join(text.split())
         assert (
@@ -129,6 +133,16 @@ def test_a_category_of_one_group_shows_dashes():
         "-0.200",
         "–",
     ]
+
+
+def test_intervals_of_few_groups_come_with_a_warning(sixty):
+    overall, categories, domains = numbers_of(sixty)["warnings"]
+    assert "near-duplicate groups: test rows (20). Bootstrap intervals" in overall
+    few = [f"{part['name']} ({part['n_groups']})" for part in numbers_of(sixty)["categories"]]
+    assert [part in categories for part in few] == [not part.endswith("(1)") for part in few]
+    flat = " ".join(run(sixty).split())
+    assert all(warning in flat for warning in (overall, categories, domains))
+    assert numbers_of(simulated_cache("two"))["warnings"] == []
 
 
 def test_rows_without_categories_say_so():

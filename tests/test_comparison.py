@@ -116,6 +116,14 @@ def test_every_calibrator_that_applies_is_fitted_on_calibration_rows_alone(model
             np.testing.assert_allclose(model.probabilities[method], expected, atol=1e-9)
 
 
+@pytest.mark.parametrize("split", ["calibration", "test"])
+def test_rows_of_a_single_group_are_refused_with_what_to_do(models, split):
+    results = models["alone"]["base"].results
+    examples = tuple(replace(e, group="one") if e.split == split else e for e in results.examples)
+    with pytest.raises(UserError, match=rf"the scored {split} rows are of 1 near-.*label more"):
+        comparison.judge_calibrators(replace(results, examples=examples))
+
+
 def test_the_choice_of_a_calibrator_uses_calibration_rows_alone(models):
     model = models["two"]["base"]
     chosen, table = select_calibrator(

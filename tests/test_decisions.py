@@ -185,6 +185,8 @@ def test_test_rows_are_counted_at_or_above_the_threshold():
             automated += above.sum()
             assert result["automated"] == above.sum()
             assert result["errors"] == (~test.correct[above]).sum()
+            announced = (1 - test.confidence[above]).sum()
+            assert result["expected_errors"] == pytest.approx(announced)
             if above.any():
                 assert result["kept"] == ((~test.correct[above]).mean() <= row["alpha"])
         certified, naive = (row[way]["threshold"] for way in ("certified", "naive"))

@@ -6,7 +6,14 @@ import pytest
 
 import charts
 from records import load_results
-from report import category_accuracy, metrics_by_model, percent, summary_rows, with_interval
+from report import (
+    category_accuracy,
+    few_groups_warnings,
+    metrics_by_model,
+    percent,
+    summary_rows,
+    with_interval,
+)
 from settings import CACHE_DIR, IMAGES_DIR, UserError
 from update_readme import rewritten
 
@@ -66,6 +73,13 @@ def test_numbers_in_words():
     assert (
         with_interval({"estimate": 0.5, "low": 0.25, "high": 1.0}, 100, 1) == "50.0 [25.0, 100.0]"
     )
+
+
+def test_few_groups_are_named_with_their_number():
+    assert few_groups_warnings({"test rows": 30, "alone": 1, "nothing": 0}) == []
+    (warning,) = few_groups_warnings({"test rows": 29, "alone": 1, "books": 2, "films": 31})
+    assert warning.startswith("Fewer than 30 near-duplicate groups: test rows (29), books (2). ")
+    assert "too narrow" in warning
 
 
 def test_markers_are_filled_and_a_missing_one_is_an_error():

@@ -58,6 +58,9 @@ def test_json_holds_the_numbers_of_the_library(small_cache, tmp_path):
     calibration, test = (load_results(path).arrays(split) for split in ("calibration", "test"))
     curves = sample_size_curves(calibration, test, 0.8, n_bins=7)
     needed = labels_needed(calibration, (0.8, 0.9, 0.95, 0.99))
+    (warning,) = numbers.pop("warnings")
+    assert "near-duplicate groups: calibration rows (20). Bootstrap intervals" in warning
+    assert warning in " ".join(run(small_cache).split())
     assert numbers == json.loads(
         json.dumps({"model": "base", "curves": curves, "labels_needed": needed})
     )
@@ -77,6 +80,7 @@ def test_the_tables_show_every_size(cache):
     for entry in numbers["labels_needed"]["minimum"]:
         assert f"{entry['rows']:,}" in text
     assert text.count("How to read it: ") == 5
+    assert numbers["warnings"] == [] and "Fewer than" not in text
     assert all(len(line) <= 100 for line in text.splitlines()[1:])
 
 
