@@ -98,7 +98,9 @@ def next_token_logits(model, sequences, positions=None, prefix=None):
 
     sequences: lists of token ids. positions: for every row those wanted, ascending; by default its
     last one. prefix: a `SharedPrefix` with which every row begins. Rows are padded on the right:
-    attention is causal, so the padding changes nothing before it and needs no mask.
+    attention is causal, so the padding changes nothing before it and needs no mask. Only the wanted
+    positions reach the output head; of a model spread over devices, where a mask would lie on
+    another one than the hidden states, all from the first wanted one on.
     Raises UserError for a model without `logits_to_keep`.
     """
     if positions is None:
@@ -110,10 +112,15 @@ def next_token_logits(model, sequences, positions=None, prefix=None):
     for row, ids in enumerate(tails):
         batch[row, : len(ids)] = torch.tensor(ids)
         wanted[row, [p - skip for p in positions[row]]] = True
-    cache = {"use_cache": False} if prefix is None else {"past_key_values": prefix}
+    spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+    first = int(wanted.any(0).nonzero()[0])
     logits = model(
-        input_ids=batch.to(model.device), logits_to_keep=wanted.to(model.device), **cache
+        input_ids=batch.to(model.device),
+        logits_to_keep=shape[1] - first if spread else wanted.to(model.device),
+        **({"use_cache": False} if prefix is None else {"past_key_values": prefix}),
     ).logits
+    if spread and logits.shape[:-1] == (shape[0], shape[1] - first):
+        logits = logits[wanted[:, first:].to(logits.device)]
     if logits.shape[:-1] != (sum(map(len, positions)),):
         raise UserError(
             f"{type(model).__name__} ignores logits_to_keep, which this program needs; choose "
@@ -222,7 +229,7 @@ class Engine:
         It is computed for this call alone while weights are being trained (not every optimizer
         leaves a trace of its changes) and where `keep` is false (dropout makes two passes differ).
         """
-        if not self.shares_prefix or not ids:
+        if not ids or not self.shares_prefix:
             return None
         weights = list(self.model.parameters())
         keep = keep and not any(p.requires_grad for p in weights)
@@ -267,9 +274,12 @@ class Engine:
             for batch in batches:
                 yield from work(batch)
             return
-        with ThreadPoolExecutor(workers) as pool:
+        pool = ThreadPoolExecutor(workers)
+        try:
             for done in pool.map(work, batches):
                 yield from done
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _batches(self, lengths, parallel):
         """Row numbers, longest first, in batches within the budget; enough for every worker."""

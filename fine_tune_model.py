@@ -492,6 +492,8 @@ def fine_tune(task, model, data, training, output, force=False):
         return "up to date"
     from accelerate import Accelerator
 
+    from engine import out_of_memory
+
     started = time.perf_counter()
     device = choose_device(model.device)
     accelerator = Accelerator(cpu=device == "cpu")  # one device a process
@@ -505,7 +507,15 @@ def fine_tune(task, model, data, training, output, force=False):
     if force and accelerator.is_main_process:
         checkpoint.remove()
     accelerator.wait_for_everyone()
-    history, stopped = train(accelerator, classifier, splits, filled, checkpoint)
+    try:
+        history, stopped = train(accelerator, classifier, splits, filled, checkpoint)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(
+            "out of memory in training; lower --batch-size and raise --accumulation, or use "
+            "--quantization 4bit"
+        ) from error
     if not accelerator.is_main_process:
         return "trained"
     trainable = sum(p.numel() for p in classifier.model.parameters() if p.requires_grad)

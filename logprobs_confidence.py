@@ -16,6 +16,7 @@ import functools
 import hashlib
 import logging
 import math
+import os
 import re
 import sys
 import warnings
@@ -38,6 +39,10 @@ from settings import (
     from_arguments,
     resolve_model,
 )
+
+# OpenMP reads this when torch is first imported: threads that wait for each other sleep. Spinning,
+# the default, makes two threads many times slower than one where other programs use the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Llama 3.x chat templates print today's date; a fixed one keeps the prompt the same every day.
 TEMPLATE_DATE = "26 Jul 2024"
@@ -288,7 +293,7 @@ def choose_dtype(dtype, device):
 
 def model_dtype(settings, device):
     """The torch dtype that `ModelSettings` give on a device; for "fastest" the probe's finding."""
-    if settings.dtype == "fastest" and device == "cpu":
+    if settings.dtype == "fastest" and device == "cpu" and settings.quantization == "none":
         return fastest_dtype(settings.model)
     return choose_dtype(settings.dtype, device)
 
@@ -669,7 +674,7 @@ class TransformerLogprobsClassifier:
             else:
                 places.setdefault(text.strip(), []).append(i)
         queue = sorted(places, key=len, reverse=True)
-        prefix, dropout = self._prefix(), self._switch["dropout"]
+        prefix, dropout = self._prefix() if queue else None, self._switch["dropout"]
 
         def score(sequences, shared):
             return self.label_logprobs(sequences, temperature, shared)

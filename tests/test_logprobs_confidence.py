@@ -227,6 +227,13 @@ def test_dropout_needs_an_active_adapter_that_has_some(adapter, classifier):
             pass
 
 
+def test_a_model_spread_over_devices_gives_the_same(classifier):
+    spread = TransformerLogprobsClassifier()
+    spread.model.hf_device_map = {"model": 0, "lm_head": 1}  # the path alone: there is one device
+    for a, b in zip(spread.classify_batch(TEXTS), classifier.classify_batch(TEXTS), strict=True):
+        assert a.label_logprobs == pytest.approx(b.label_logprobs, abs=1e-5)
+
+
 OUT_OF_MEMORY = """
 import resource, sys
 sys.path.insert(0, {root!r})
