@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx2 as httpx
 
 from comparison import judge_calibrators
-from records import SCHEMA_VERSION, write_json
+from records import SCHEMA_VERSION, TOKEN_PROBABILITY, write_json
 from settings import ROOT, SENTIMENT
 from simulated_cache import simulate
 
@@ -46,9 +46,10 @@ def write_evaluation(folder, identities):
     models = {}
     for seed, (name, identity) in enumerate(identities.items(), 1):
         simulated = simulate(name, SENTIMENT, 1000, seed, skill=1.0, sharpness=1.5)
-        right = zip(simulated.examples, simulated.predictions, strict=True)
+        said = {p.example_id: p for p in simulated.predictions if p.method == TOKEN_PROBABILITY}
         examples = [
-            replace(e, label=p.predicted) if i % 40 else e for i, (e, p) in enumerate(right)
+            replace(e, label=said[e.id].predicted) if i % 40 else e
+            for i, e in enumerate(simulated.examples)
         ]
         results = replace(simulated, identity=identity, examples=tuple(examples))
         write_json(folder / f"{name}_model_results.json", results.to_json())
