@@ -72,7 +72,8 @@ class Decisions:
 class ServedModel:
     """A model that answers. key: fingerprint of its adapter's files, None for the base model.
 
-    encoders: one for each order of the options of a lettered task, else one. calibrator: for exactly this model, or None and `calibrator_reason` says why. decisions: of its
+    encoders: one for each order of the options of a lettered task, one for a plain task.
+    calibrator: for exactly this model, or None and `calibrator_reason` says why. decisions: of its
     evaluation, or None and `decisions_reason`.
     """
 
@@ -183,8 +184,8 @@ class Catalogue:
 
     def _open(self, name, folder):
         if folder is None:
-            encoder = self._encoder(self.base_task)
-            identity, key = self.base_identity, None
+            task, key, identity = self.base_task, None, self.base_identity
+            encoders = self._encoders(task)
         else:
             if not NAME.fullmatch(name):
                 raise UserError(
@@ -192,9 +193,9 @@ class Catalogue:
                     f"underscores, at most 64; rename {name!r}"
                 )
             task = read_adapter_task(folder, self.base_identity["model_fingerprint"])
-            encoder = self._encoder(task)
+            encoders = self._encoders(task)
             key = weights_fingerprint(folder)
-            identity = adapter_identity(self.base_identity, key, encoder)
+            identity = adapter_identity(self.base_identity, key, encoders)
         return ServedModel(
             name,
             folder,
@@ -205,14 +206,6 @@ class Catalogue:
             **find_calibrator(folder, self.settings.cache_dir, identity),
             **self._evaluated.decisions_of(identity),
         )
-
-    def _encoder(self, task):
-        if task.lettered:
-            raise UserError(
-                f"task {task.name!r} has lettered options, which take a pass for each of their "
-                "orders; the server asks once: classify with classify_cli.py"
-            )
-        return PromptEncoder(self.tokenizer, task, self.max_tokens)
 
     def _encoders(self, task):
         orders = task.orders
@@ -582,7 +575,7 @@ class SharedModel:
         prefix = self._prefix([model.key], classifier.encoder.prefix)
         with self._asking([model.key]):
             logits = self.engine.logits([ids], prefix=prefix)
-        return classifier.explanation(text, (prediction,), logits[0].log_softmax(-1), k)
+        return classifier.explanation(text, orders, logits[0].log_softmax(-1), k)
 
     def check_itself(self):
         """Warm up, and compare answers that are known to agree. Raises UserError if they do not.
