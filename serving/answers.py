@@ -177,14 +177,15 @@ class ConsistencyAnswer(BaseModel):
 
 
 class ExplainAnswer(BaseModel):
-    """From the next token to the answer."""
+    """From the next token to the answer. A lettered task is asked in every order of its options:
+    the answer is their mean, prompt, tokens and sums are those of the first."""
 
     answer: Answer
     prompt: str = Field(description="the prompt, as the model reads it")
     top: list[Token] = Field(description="the most probable next tokens")
     words: dict[str, list[Token]] = Field(description="the answer tokens of each label")
     label_sums: dict[str, Share] = Field(
-        description="their probabilities added up; together the label mass"
+        description="their probabilities added up; together the label mass of this prompt"
     )
     whole_words: bool = Field(
         description="answer words share a first token, so that each is scored whole; `words` does "
@@ -324,16 +325,16 @@ def explanation_of(model, explanation, samples, seed, latency_sec):
     """The `ExplainAnswer` that follows from an `Explanation`."""
     from consistency_confidence import sample_consistency
 
-    prediction, names = explanation.prediction, model.task.label_names
-    drawn = sample_consistency(prediction.label_logprobs, samples, np.random.default_rng(seed))
-    sums = np.minimum(1.0, np.exp(prediction.label_logprobs)).tolist()
+    said, names = explanation.answer, model.task.label_names
+    drawn = sample_consistency(said.label_logprobs, samples, np.random.default_rng(seed))
+    sums = np.minimum(1.0, np.exp(explanation.prediction.label_logprobs)).tolist()
     return ExplainAnswer(
-        answer=answer_to(model, prediction, latency_sec),
+        answer=answer_to(model, said, latency_sec),
         prompt=explanation.prompt,
         top=[token_row(t) for t in explanation.top],
         words={name: [token_row(t) for t in tokens] for name, tokens in explanation.words.items()},
         label_sums=dict(zip(names, sums, strict=True)),
-        whole_words=model.encoder.label_ids is None,
+        whole_words=model.encoders[0].label_ids is None,
         consistency=ConsistencyAnswer(
             samples=samples,
             counts=dict(zip(names, drawn.counts, strict=True)),

@@ -29,7 +29,12 @@ from calibration import (
 )
 from comparison import load_models
 from decisions import automation, enough_groups, score_answers, zone_table
-from logprobs_confidence import PromptEncoder, text_problem, weights_fingerprint
+from logprobs_confidence import (
+    PromptEncoder,
+    mean_prediction,
+    text_problem,
+    weights_fingerprint,
+)
 from records import MODEL_FILES, read_json
 from serving.problems import Problem
 from settings import Task, UserError, fingerprint
@@ -67,6 +72,7 @@ class Decisions:
 class ServedModel:
     """A model that answers. key: fingerprint of its adapter's files, None for the base model.
 
+    encoders: one for each order of the options of a lettered task, one for a plain task.
     calibrator: for exactly this model, or None and `calibrator_reason` says why. decisions: of its
     evaluation, or None and `decisions_reason`.
     """
@@ -75,7 +81,7 @@ class ServedModel:
     folder: Path | None
     key: str | None
     task: Task
-    encoder: PromptEncoder
+    encoders: tuple[PromptEncoder, ...]
     identity: dict
     calibrator: Calibrator | None
     calibrator_reason: str | None
@@ -101,12 +107,14 @@ class _Folder:
     model: ServedModel | BrokenModel | None = None
 
 
-def adapter_identity(base, adapter_fingerprint, encoder):
+def adapter_identity(base, adapter_fingerprint, encoders):
     """`TransformerLogprobsClassifier.identity` of an adapter, from that of its base model."""
+    first = encoders[0]
     parts = {key: value for key, value in base.items() if key != "fingerprint"} | {
         "adapter_fingerprint": adapter_fingerprint,
-        "prompt": encoder.prompt("{text}"),
-        "label_words": {label.name: list(label.words) for label in encoder.task.labels},
+        "prompt": first.prompt("{text}"),
+        "label_words": {label.name: list(label.words) for label in first.task.labels},
+        "orders": len(encoders),
     }
     return parts | {"fingerprint": fingerprint(parts)}
 
@@ -176,8 +184,8 @@ class Catalogue:
 
     def _open(self, name, folder):
         if folder is None:
-            encoder = self._encoder(self.base_task)
-            identity, key = self.base_identity, None
+            task, key, identity = self.base_task, None, self.base_identity
+            encoders = self._encoders(task)
         else:
             if not NAME.fullmatch(name):
                 raise UserError(
@@ -185,27 +193,23 @@ class Catalogue:
                     f"underscores, at most 64; rename {name!r}"
                 )
             task = read_adapter_task(folder, self.base_identity["model_fingerprint"])
-            encoder = self._encoder(task)
+            encoders = self._encoders(task)
             key = weights_fingerprint(folder)
-            identity = adapter_identity(self.base_identity, key, encoder)
+            identity = adapter_identity(self.base_identity, key, encoders)
         return ServedModel(
             name,
             folder,
             key,
-            encoder.task,
-            encoder,
+            task,
+            encoders,
             identity,
             **find_calibrator(folder, self.settings.cache_dir, identity),
             **self._evaluated.decisions_of(identity),
         )
 
-    def _encoder(self, task):
-        if task.lettered:
-            raise UserError(
-                f"task {task.name!r} has lettered options, which take a pass for each of their "
-                "orders; the server asks once: classify with classify_cli.py"
-            )
-        return PromptEncoder(self.tokenizer, task, self.max_tokens)
+    def _encoders(self, task):
+        orders = task.orders
+        return tuple(PromptEncoder(self.tokenizer, order, self.max_tokens) for order in orders)
 
     # ----------------------------------------------------------------------------------- lookup
 
@@ -229,7 +233,6 @@ class Catalogue:
 
     def encode(self, model, texts):
         """[number of tokens to compute, or why the text cannot be scored] for this model."""
-        shared = model.encoder.prefix_length if self.shares_prefix else 0
         results = []
         for text in texts:
             problem = text_problem(text)
@@ -240,13 +243,16 @@ class Catalogue:
                 )
             if problem is None:
                 try:
-                    ((ids, _),) = model.encoder.encode([text.strip()])
-                    results.append(max(1, len(ids) - shared))
+                    results.append(sum(self._tokens(e, text) for e in model.encoders))
                     continue
                 except UserError as error:  # a control token that this tokenizer cannot tell apart
                     problem = str(error)
             results.append(problem)
         return results
+
+    def _tokens(self, encoder, text):
+        ((ids, _),) = encoder.encode([text.strip()])
+        return max(1, len(ids) - (encoder.prefix_length if self.shares_prefix else 0))
 
 
 def read_adapter_task(folder, base_fingerprint):
@@ -498,7 +504,11 @@ class SharedModel:
 
     def _score(self, task, asked):
         """A `Prediction` for each (key of an adapter or None, text) of one task."""
-        classifier = self._classifier(task)
+        passes = [self._pass(order, asked) for order in self._classifier(task).orders]
+        return [mean_prediction(task, rows) for rows in zip(*passes, strict=True)]
+
+    def _pass(self, classifier, asked):
+        """`_score` in the one order of the options that the classifier asks in."""
         encoded = classifier.encoder.encode([text.strip() for _, text in asked])
         rows = [Row(ids, key) for (ids, _), (key, _) in zip(encoded, asked, strict=True)]
         shared = classifier.encoder.prefix
@@ -558,14 +568,14 @@ class SharedModel:
         """The `Explanation` of one text. Raises UserError."""
         self._require(model)
         classifier = self._classifier(model.task)
-        (prediction,) = self._score(model.task, [(model.key, text)])
-        if prediction.error is not None:
-            raise UserError(prediction.error)
+        orders = tuple(self._pass(order, [(model.key, text)])[0] for order in classifier.orders)
+        if failed := [p.error for p in orders if p.error is not None]:
+            raise UserError(failed[0])
         ((ids, _),) = classifier.encoder.encode([text.strip()])
         prefix = self._prefix([model.key], classifier.encoder.prefix)
         with self._asking([model.key]):
             logits = self.engine.logits([ids], prefix=prefix)
-        return classifier.explanation(text, (prediction,), logits[0].log_softmax(-1), k)
+        return classifier.explanation(text, orders, logits[0].log_softmax(-1), k)
 
     def check_itself(self):
         """Warm up, and compare answers that are known to agree. Raises UserError if they do not.

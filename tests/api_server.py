@@ -46,10 +46,10 @@ def write_evaluation(folder, identities):
     models = {}
     for seed, (name, identity) in enumerate(identities.items(), 1):
         simulated = simulate(name, SENTIMENT, 1000, seed, skill=1.0, sharpness=1.5)
-        own = [p for p in simulated.predictions if p.method == TOKEN_PROBABILITY]
-        right = zip(simulated.examples, own, strict=True)
+        said = {p.example_id: p for p in simulated.predictions if p.method == TOKEN_PROBABILITY}
         examples = [
-            replace(e, label=p.predicted) if i % 40 else e for i, (e, p) in enumerate(right)
+            replace(e, label=said[e.id].predicted) if i % 40 else e
+            for i, e in enumerate(simulated.examples)
         ]
         results = replace(simulated, identity=identity, examples=tuple(examples))
         write_json(folder / f"{name}_model_results.json", results.to_json())

@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from api_server import write_adapter, write_evaluation
 from calibration import fit_calibrator, save_calibrator
 from decisions import ZONES
-from logprobs_confidence import PromptEncoder, TransformerLogprobsClassifier
+from logprobs_confidence import TransformerLogprobsClassifier
 from records import read_json, write_json
 from serving.application import create_app
 from serving.models import CALIBRATOR_FILE, adapter_identity
@@ -39,6 +39,14 @@ OTHER = Task(
     "other",
     "Would you see it again? Answer yes or no.",
     (Label("again", ("Yes", "yes")), Label("never", ("No", "no"))),
+)
+
+
+LETTERED = Task(
+    "lettered",
+    "What does the writer think?",
+    (Label("liked", ("It was good",)), Label("disliked", ("It was bad",))),
+    lettered=True,
 )
 
 
@@ -84,6 +92,7 @@ def folder(tmp_path_factory, classifier):
     write_adapter(folder / "fine_tuned_sentiment_model", classifier, 1)
     write_adapter(folder / "adapters" / "first", classifier, 2)
     write_adapter(folder / "adapters" / "second", classifier, 3, task=OTHER)
+    write_adapter(folder / "adapters" / "lettered", classifier, 5, task=LETTERED)
     write_adapter(folder / "adapters" / "wide", classifier, 4, rank=2, modules=["embed_tokens"])
     base = classifier.identity
     tuned = TransformerLogprobsClassifier("embedded", folder / "fine_tuned_sentiment_model")
@@ -120,7 +129,7 @@ def assert_problem(response, kind):
 # What is answered
 
 
-@pytest.mark.parametrize("model", ["base", "finetuned", "first", "second", "wide"])
+@pytest.mark.parametrize("model", ["base", "finetuned", "first", "lettered", "second", "wide"])
 def test_an_answer_equals_that_of_classify_batch_alone_and_in_a_batch(served, model):
     expected = served.offline(model, TEXTS)
     together = served.answer("/classify/batch", texts=TEXTS, model=model)
@@ -262,7 +271,7 @@ def test_health_ready_models_docs_and_page_are_there(served):
         assert served.client.get(path).json()["status"] == "ok"
     assert served.client.get("/ready").json() == {"status": "ready"}
     names = [model["name"] for model in served.client.get("/models").json()["models"]]
-    assert names == ["base", "finetuned", "first", "second", "wide"]
+    assert names == ["base", "finetuned", "first", "lettered", "second", "wide"]
     for path in ("/docs", "/ui"):
         page = served.client.get(path)
         assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
@@ -494,9 +503,9 @@ def test_an_adapter_has_its_own_calibrator_and_no_other(served, folder, classifi
     adapter = folder / "adapters" / "first"
     rows = simulate("first", SENTIMENT, 400, 5, 0.8, 2.0).arrays("calibration")
     calibrator = fit_calibrator("platt", rows)
-    encoder = PromptEncoder(classifier.tokenizer, SENTIMENT, classifier.encoder.max_tokens)
     own = TransformerLogprobsClassifier("embedded", adapter).identity
-    assert adapter_identity(classifier.identity, own["adapter_fingerprint"], encoder) == own
+    key = own["adapter_fingerprint"]
+    assert adapter_identity(classifier.identity, key, classifier.encoders) == own
 
     def answer():
         served.service.catalogue._looked = -math.inf
