@@ -164,7 +164,7 @@ def greedy_replies(classifier, sequences, max_new_tokens):
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     while order:
         width = len(sequences[order[0]])
-        size = max(1, classifier.settings.batch_tokens // (width + max_new_tokens))
+        size = max(1, classifier.engine.budget // (width + max_new_tokens))
         batch, order = order[:size], order[size:]
         ids = torch.zeros(len(batch), width, dtype=torch.long)
         mask = torch.zeros_like(ids)

@@ -369,8 +369,8 @@ class DataSettings:
 class TrainingSettings:
     """LoRA fine-tuning. The defaults suit the embedded model; `for_model` adapts them."""
 
-    rank: int = setting(16, "LoRA rank")
-    alpha: int = setting(32, "LoRA alpha; the update is scaled by alpha / rank")
+    rank: int = setting(8, "LoRA rank")
+    alpha: int = setting(16, "LoRA alpha; the update is scaled by alpha / rank")
     dropout: float = setting(0.1, "LoRA dropout, 0 to 1")
     target_modules: str | None = setting(
         None,
@@ -380,7 +380,7 @@ class TrainingSettings:
     learning_rate: float | None = setting(
         None, "peak learning rate (default: 1e-3 below 1 billion parameters, else 2e-4)"
     )
-    epochs: int = setting(2, "passes over the training rows")
+    epochs: int = setting(1, "passes over the training rows")
     batch_size: int | None = setting(
         None, "rows of one forward pass (default: 32 below 1 billion parameters, else 4)"
     )

@@ -22,6 +22,7 @@ from calibration_metrics import (
     CALIBRATION_ERRORS,
     FEW_GROUPS,
     METRICS,
+    RANKINGS,
     accuracy_at_coverage,
     augrc,
     aurc,
@@ -1751,7 +1752,8 @@ def test_every_function_of_answers_refuses_bad_rows(name):
     for confidence, correct in BAD_ANSWERS:
         with pytest.raises(ValueError, match="must"):
             OF_ANSWERS[name](confidence, correct)
-    for value in (-1e-9, 1 + 1e-9, 50.0) if "auroc" not in name else ():
+    ranks = name == "auroc" or name in {f"measure {m}" for m in RANKINGS}
+    for value in () if ranks else (-1e-9, 1 + 1e-9, 50.0):
         with pytest.raises(ValueError, match=r"(confidence|probability) must lie in \[0, 1\], got"):
             OF_ANSWERS[name]([0.5, value], [1, 0])
 
