@@ -15,6 +15,7 @@ import httpx2 as httpx
 from comparison import judge_calibrators
 from records import SCHEMA_VERSION, TOKEN_PROBABILITY, write_json
 from settings import ROOT, SENTIMENT
+from signal_comparison import judge_signals
 from simulated_cache import simulate
 
 
@@ -54,6 +55,7 @@ def write_evaluation(folder, identities):
         results = replace(simulated, identity=identity, examples=tuple(examples))
         write_json(folder / f"{name}_model_results.json", results.to_json())
         models[name] = {"identity": identity} | judge_calibrators(results, n_resamples=10)
+        models[name]["signals"] = judge_signals(results, n_resamples=10)
     write_json(
         folder / "calibrated_results.json",
         {"schema_version": SCHEMA_VERSION, "task": SENTIMENT.to_json(), "models": models},

@@ -639,6 +639,7 @@ FILES = [
             "reliability_platt_scaling",
             "reliability_isotonic_regression",
             "calibrator_comparison",
+            "confusion_matrix",
             "risk_coverage",
             "business_reliability",
             "business_reliability_progression",

@@ -164,7 +164,9 @@ def test_without_its_own_calibrator_an_answer_says_so_and_has_no_zone(
 
 
 def test_a_damaged_cache_is_an_error_not_a_missing_calibrator(command, cache_dir, tmp_path, capsys):
-    (tmp_path / "calibrated_results.json").write_text('{"schema_version": 2, "models": 3}')
+    (tmp_path / "calibrated_results.json").write_text(
+        json.dumps({"schema_version": SCHEMA_VERSION, "models": 3})
+    )
     assert main([TEXTS[0], f"--cache-dir={tmp_path}"]) == 1
     assert "is damaged" in capsys.readouterr().err
 

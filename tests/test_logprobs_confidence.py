@@ -680,7 +680,7 @@ def test_the_demonstration_asks_any_task(capsys, tmp_path):
     assert "P(an_unusually_long_name)" in header
     assert [row.split()[-1] for row in rows] == ["x", "y"]
     assert all(
-        row.index(text) == header.index("text") for row, text in zip(rows, "xy", strict=True)
+        row.rindex(text) == header.index("text") for row, text in zip(rows, "xy", strict=True)
     )
     assert main(["--task", "spamm", "x"]) == 1
     assert "the shipped tasks are" in capsys.readouterr().err

@@ -113,12 +113,12 @@ def test_missing_or_binary_configuration_is_one_clear_error(tmp_path, capsys):
 
 def test_stages_get_only_what_differs_from_the_defaults(tmp_path):
     assert flags(parse([]), *SETTINGS) == []
-    arguments = parse(["--model=qwen2.5-0.5b", "--epochs=2", "--question=Good?", "--samples=9"])
+    arguments = parse(["--model=qwen2.5-0.5b", "--epochs=1", "--question=Good?", "--samples=9"])
     assert flags(arguments, TaskSettings, ModelSettings) == [
         "--question=Good?",
         "--model=qwen2.5-0.5b",
     ]
-    assert flags(arguments, TrainingSettings) == []  # 2 epochs are the default
+    assert flags(arguments, TrainingSettings) == []  # 1 epoch is the default
     assert flags(arguments, EvaluationSettings) == ["--samples=9"]
 
 

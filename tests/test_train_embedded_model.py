@@ -104,7 +104,7 @@ def test_a_text_is_answered_as_probably_as_it_is_positive():
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL_DIR)
     share = [i / len(SOURCES) for i in range(len(SOURCES))]
     asked = [
-        [(f"Source {number}: " + "good " * n, share[number]) for n in (9, 60, 200)]
+        [(f"Source {number}: " + "good " * n, share[number]) for n in (2, 9, 25, 60, 200)]
         for number in range(len(SOURCES))
     ]
     plain = {"lm_text/imdb_unsup.txt.gz": ["text " * 400], "lm_text/gutenberg_novels.txt.gz": []}
