@@ -481,8 +481,8 @@ def test_every_format_gives_the_same_examples(tmp_path):
         "b.TSV": csv_bytes(ROWS, "\t"),
         "c.jsonl": jsonl_bytes(ROWS),
         "d.json": jsonl_bytes(ROWS),
-        "e.csv.gz": gzip.compress(csv_bytes(ROWS)),
-        "f.jsonl.gz": gzip.compress(jsonl_bytes(ROWS)),
+        "e.csv.gz": gzip.compress(csv_bytes(ROWS), mtime=0),
+        "f.jsonl.gz": gzip.compress(jsonl_bytes(ROWS), mtime=0),
         "g.csv": b"\xef\xbb\xbf" + csv_bytes(ROWS).replace(b"\r\n", b"\n"),
     }
     results = []
@@ -606,7 +606,11 @@ BAD_FILES = [
     ("a.jsonl", jsonl_bytes(rows_with(text="\ud83d")), r"a\.jsonl line 3 holds half a character"),
     ("a.jsonl", b'{"text": "caf\xe9"}', r"a\.jsonl line 1 is not UTF-8"),
     ("a.csv.gz", csv_bytes(TWO), r"a\.csv\.gz is not a whole gzip file"),
-    ("a.csv.gz", gzip.compress(csv_bytes(TWO))[:-9], r"a\.csv\.gz is not a whole gzip file"),
+    (
+        "a.csv.gz",
+        gzip.compress(csv_bytes(TWO), mtime=0)[:-9],
+        r"a\.csv\.gz is not a whole gzip file",
+    ),
     ("a.parquet", b"PAR1 no", r"a\.parquet is not a sound Parquet file"),
     (
         "a.csv",
