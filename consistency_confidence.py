@@ -157,11 +157,11 @@ def paraphrase_predictions(siblings, texts, own):
 
 
 def dropout_predictions(classifier, texts, own, n_passes, seed):
-    """What a fine-tuned model says of each text under `n_passes` random dropout masks.
+    """What `n_passes` random sub-networks of a fine-tuned model say of each text.
 
     classifier: with an active adapter; own: as for `paraphrase_predictions`. The probabilities of a
-    label are averaged over the passes. The masks depend on the seed (int), the texts and their
-    order. Raises UserError where there is no dropout.
+    label are averaged over the passes. The sub-networks depend on the seed (int) alone, and all
+    texts are asked of the same ones. Raises UserError where there is no dropout.
     Source: Gal and Ghahramani 2016, https://arxiv.org/abs/1506.02142
     """
     ids, asked = [row.example_id for row in own], []

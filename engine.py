@@ -222,17 +222,17 @@ class Engine:
         """Whether prefixes are shared: only where that was found to be exact."""
         return self._check() is None
 
-    def prefix(self, ids, adapter_active, keep=True):
+    def prefix(self, ids, adapter_active):
         """`SharedPrefix` of token ids with the present weights, or None.
 
         Computed once for each state of the adapter, and again when a weight was changed in place.
-        It is computed for this call alone while weights are being trained (not every optimizer
-        leaves a trace of its changes) and where `keep` is false (dropout makes two passes differ).
+        It is computed for this call alone while weights are being trained: not every optimizer
+        leaves a trace of its changes.
         """
         if not ids or not self.shares_prefix:
             return None
         weights = list(self.model.parameters())
-        keep = keep and not any(p.requires_grad for p in weights)
+        keep = not self.model.training and not any(p.requires_grad for p in weights)
         key = (id(self.model), adapter_active, tuple(ids))
         version = sum(p._version for p in weights)
         known_version, prefix = self._prefixes.get(key, (None, None))
@@ -253,7 +253,7 @@ class Engine:
         with torch.inference_mode(), intra_op_threads(self.threads):
             return next_token_logits(self.model, sequences, positions, prefix)
 
-    def run(self, sequences, prefix, score, parallel=True):
+    def run(self, sequences, prefix, score):
         """Yield (row numbers, result, seconds) of batches that cover every row once.
 
         score(sequences, prefix): the result of a batch, a list with one item a row. Rows that begin
@@ -267,9 +267,9 @@ class Engine:
             skip = len(shared.ids) if shared is not None else 0
             rows = [i for i, shares in enumerate(share) if shares == (shared is not None)]
             lengths = [len(sequences[i]) - skip for i in rows]
-            for batch in self._batches(lengths, parallel):
+            for batch in self._batches(lengths):
                 batches.append((shared, [rows[i] for i in batch]))
-        workers = min(self.workers if parallel else 1, len(batches))
+        workers = min(self.workers, len(batches))
         if workers < 2:
             for batch in batches:
                 yield from work(batch)
@@ -281,11 +281,10 @@ class Engine:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _batches(self, lengths, parallel):
+    def _batches(self, lengths):
         """Row numbers, longest first, in batches within the budget; enough for every worker."""
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        workers = self.workers if parallel else 1
-        budget = min(self.budget, max(256, math.ceil(sum(lengths) / workers)))
+        budget = min(self.budget, max(256, math.ceil(sum(lengths) / self.workers)))
         start = 0
         while start < len(order):
             size = max(1, budget // lengths[order[start]])

@@ -136,7 +136,7 @@ def counted_passes(classifier):
 def evaluate_method(method, ask, classifier, examples, partial, done):
     """One `Prediction` an example, in their order, of what `ask` says, with what each row cost.
 
-    ask: (examples, number of the chunk) → [Prediction]. done: {(method, id): Prediction} of all
+    ask: (examples) → [Prediction]. done: {(method, id): Prediction} of all
     rows there are, to which these are added. The texts are divided into chunks in one fixed order,
     and a chunk is asked as a whole, so an interrupted run ends with the numbers of any other.
     """
@@ -145,11 +145,11 @@ def evaluate_method(method, ask, classifier, examples, partial, done):
     ordered = sorted(examples, key=lambda e: len(e.text))
     chunks = [ordered[start : start + CHUNK] for start in range(0, len(ordered), CHUNK)]
     with tqdm(total=len(ordered), desc=method, unit="text", file=sys.stderr) as bar:
-        for number, chunk in enumerate(chunks):
+        for chunk in chunks:
             if not all((method, e.id) in done for e in chunk):
                 started = time.perf_counter()
                 with counted_passes(classifier) as counts:
-                    rows = ask(chunk, number)
+                    rows = ask(chunk)
                 seconds = time.perf_counter() - started
                 cost = {
                     "passes": round(sum(counts) / len(rows), 4),
@@ -177,7 +177,7 @@ def chosen_signals(evaluation):
 def askers(classifier, evaluation):
     """({method: ask}, {method: why it is left out}) of the chosen signals, for one model.
 
-    ask: (texts, their token-probability rows, number of the chunk) → [Prediction].
+    ask: (texts, their token-probability rows) → [Prediction].
     """
     from consistency_confidence import (
         dropout_predictions,
@@ -193,7 +193,7 @@ def askers(classifier, evaluation):
 
     def paraphrase():
         siblings = [classifier.for_task(task) for task in other_wordings(classifier.task)]
-        return lambda texts, own, _: paraphrase_predictions(siblings, texts, own)
+        return lambda texts, own: paraphrase_predictions(siblings, texts, own)
 
     def mc_dropout():
         if not classifier.adapter_active:
@@ -201,17 +201,15 @@ def askers(classifier, evaluation):
         with classifier.dropout(0):  # refuses an adapter without dropout
             pass
         seed, n_passes = evaluation.evaluation_seed, evaluation.dropout_passes
-        return lambda texts, own, chunk: dropout_predictions(
-            classifier, texts, own, n_passes, [seed, chunk]
-        )
+        return lambda texts, own: dropout_predictions(classifier, texts, own, n_passes, seed)
 
     def p_true():
         siblings = p_true_siblings(classifier)
-        return lambda texts, own, _: p_true_predictions(siblings, texts, own)
+        return lambda texts, own: p_true_predictions(siblings, texts, own)
 
     def verbalised():
         siblings = stated_siblings(classifier)
-        return lambda texts, own, _: verbalised_predictions(siblings, texts, own)
+        return lambda texts, own: verbalised_predictions(siblings, texts, own)
 
     make = {
         PARAPHRASE: paraphrase,
@@ -238,23 +236,23 @@ def model_results(name, classifier, task, examples, evaluation, partial):
     partial.write(done.values())
     position = {e.id: i for i, e in enumerate(examples)}
 
-    def classify(chunk, _, temperature=1.0):
+    def classify(chunk, temperature=1.0):
         texts, ids = [e.text for e in chunk], [e.id for e in chunk]
         return classifier.classify_batch(texts, ids, temperature=temperature)
 
-    def sample(chunk, number):
+    def sample(chunk):
         rows = [done[TOKEN_PROBABILITY, e.id] for e in chunk]
         if evaluation.temperature != 1.0:  # draws at another temperature: its own distribution
-            rows = classify(chunk, number, evaluation.temperature)
+            rows = classify(chunk, evaluation.temperature)
         return consistency_predictions(task, rows, evaluation, [position[e.id] for e in chunk])
 
     def signal(method, ask):
         """`ask` for a chunk; about a text without a token-probability row nothing is asked."""
 
-        def rows_of(chunk, number):
+        def rows_of(chunk):
             own = {e.id: done[TOKEN_PROBABILITY, e.id] for e in chunk}
             kept = [e for e in chunk if own[e.id].error is None]
-            asked = ask([e.text for e in kept], [own[e.id] for e in kept], number) if kept else []
+            asked = ask([e.text for e in kept], [own[e.id] for e in kept]) if kept else []
             found = {row.example_id: row for row in asked}
             failed = {i: Prediction(i, method, error=row.error) for i, row in own.items()}
             return [found.get(e.id, failed[e.id]) for e in chunk]

@@ -496,10 +496,7 @@ class TransformerLogprobsClassifier:
         self.tolerance = HALF_PRECISION_TOLERANCE if half else FULL_PRECISION_TOLERANCE
         if self.adapter is not None:
             self._load_adapter()
-        self._switch = {  # shared by `for_task` siblings
-            "adapter": self.adapter is not None,
-            "dropout": False,
-        }
+        self._switch = {"adapter": self.adapter is not None}  # shared by `for_task` siblings
         self._ask(task, self._encoders(task))
 
     @property
@@ -603,41 +600,44 @@ class TransformerLogprobsClassifier:
 
     @contextmanager
     def dropout(self, seed):
-        """Inside the block the adapter's dropout layers are active, their masks drawn from `seed`.
+        """Inside the block one sub-network of the adapter answers, drawn from `seed`.
 
-        Everything else stays as it is at evaluation. One mask is drawn for the shared prompt of
-        each `classify_batch`, others for every text. Raises UserError where there is no active
+        Each input of a LoRA layer is dropped with the rate of its training, for every text and
+        position alike: a draw of the weights, so that an answer depends on the seed and the text
+        alone and all that is fast otherwise stays so. Raises UserError where there is no active
         adapter or one without dropout.
+        Source: Gal and Ghahramani 2016, https://arxiv.org/abs/1512.05287 (one mask for all
+        positions); Kirsch et al. 2019, https://arxiv.org/abs/1906.08158 (one for all texts)
         """
         import torch
 
-        layers = [
-            module
-            for name, module in self.model.named_modules()
-            if "lora_dropout" in name and isinstance(module, torch.nn.Dropout) and module.p > 0
+        inputs = [  # (weights that read them, rate)
+            (module.lora_A[name].weight, layer.p)
+            for module in self.model.modules()
+            for name, layer in getattr(module, "lora_dropout", {}).items()
+            if name in module.lora_A and isinstance(layer, torch.nn.Dropout) and layer.p > 0
         ]
-        if not self.adapter_active or not layers:
+        if not self.adapter_active or not inputs:
             raise UserError(
                 "Monte-Carlo dropout needs an adapter that was trained with --dropout above 0"
             )
         _ = self.engine.shares_prefix  # found out without dropout
-        devices = [torch.cuda.current_device()] if self.device == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            self._switch["dropout"] = True
-            for layer in layers:
-                layer.train()
-            try:
-                yield self
-            finally:
-                for layer in layers:
-                    layer.eval()
-                self._switch["dropout"] = False
+        generator = torch.Generator().manual_seed(seed)
+        whole = [weight.detach().clone() for weight, _ in inputs]
+        with torch.no_grad():
+            for weight, rate in inputs:
+                kept = torch.rand(weight.shape[1], generator=generator) >= rate
+                weight.mul_((kept / (1 - rate)).to(weight))
+        try:
+            yield self
+        finally:
+            with torch.no_grad():
+                for (weight, _), before in zip(inputs, whole, strict=True):
+                    weight.copy_(before)
 
     def _prefix(self):
         """The engine's cache of what the prompts of this task share, or None."""
-        fixed = not self._switch["dropout"] and not self.model.training
-        return self.engine.prefix(self.encoder.prefix, self.adapter_active, keep=fixed)
+        return self.engine.prefix(self.encoder.prefix, self.adapter_active)
 
     def classify(self, text, temperature=1.0):
         """`Prediction` for one text. Raises UserError for a text that cannot be scored."""
@@ -674,7 +674,7 @@ class TransformerLogprobsClassifier:
             else:
                 places.setdefault(text.strip(), []).append(i)
         queue = sorted(places, key=len, reverse=True)
-        prefix, dropout = self._prefix() if queue else None, self._switch["dropout"]
+        prefix = self._prefix() if queue else None
 
         def score(sequences, shared):
             return self.label_logprobs(sequences, temperature, shared)
@@ -687,7 +687,7 @@ class TransformerLogprobsClassifier:
                     for i in places[text]:
                         results[i] = self._error(ids[i], problem)
                 sequences = [sequence for _, sequence, _ in rows]
-                batches = self.engine.run(sequences, prefix, score, parallel=not dropout)
+                batches = self.engine.run(sequences, prefix, score)
                 for batch, scored, seconds in batches:
                     for row, logprobs in zip(batch, scored, strict=True):
                         text, _, truncated = rows[row]

@@ -220,6 +220,31 @@ def test_dropout_draws_by_its_seed_and_leaves_no_trace(adapter):
     assert not any(module.training for module in tuned.model.modules())
 
 
+def test_a_draw_of_dropout_is_one_mask_on_the_inputs_of_each_layer(adapter):
+    tuned = TransformerLogprobsClassifier(adapter=adapter)
+    weights = [m.lora_A["default"].weight for m in tuned.model.modules() if hasattr(m, "lora_A")]
+    whole = [w.clone() for w in weights if w.numel()]
+    with tuned.dropout(3):
+        drawn = tuned.classify_batch(TEXTS)
+        alone = [tuned.classify(text) for text in reversed(TEXTS)][::-1]
+        masks = [(w / v)[0].round(decimals=4) for w, v in zip(weights, whole, strict=True)]
+    for mask in masks:
+        assert mask.unique().tolist() == pytest.approx([0, 1 / 0.7], abs=1e-4)
+        assert 0.15 < float((mask == 0).float().mean()) < 0.45  # the rate is 0.3
+    layers = [m.lora_dropout["default"] for m in tuned.model.modules() if hasattr(m, "lora_A")]
+    hooks = [
+        layer.register_forward_hook(lambda _, __, x, mask=mask: x * mask)
+        for layer, mask in zip(layers, masks, strict=True)
+    ]
+    tuned.engine._prefixes.clear()
+    masked = tuned.classify_batch(TEXTS)
+    for hook in hooks:
+        hook.remove()
+    for rows in (alone, masked):
+        difference = [a.confidence - b.confidence for a, b in zip(rows, drawn, strict=True)]
+        assert np.abs(difference).max() < tuned.tolerance
+
+
 def test_dropout_needs_an_active_adapter_that_has_some(adapter, classifier):
     tuned = TransformerLogprobsClassifier(adapter=adapter)
     for c, block in ((classifier, nullcontext), (tuned, tuned.without_adapter)):
