@@ -30,6 +30,7 @@ from calibration_metrics import (
     as_count,
     clustered_wilson_interval,
     reliability_diagram,
+    risk_coverage_band,
     risk_coverage_curve,
 )
 from comparison import ModelEvaluation, calibrator_comparison, load_models
@@ -377,8 +378,10 @@ def prepare_risk_coverage(models):
     """Risk against coverage for each model, ranked by its raw and by its Platt confidence.
 
     Returns curves: for each (model, method) coverage and risk, from the highest confidence down,
-    of `calibration_metrics.risk_coverage_curve`, and aurc with its interval.
+    of `calibration_metrics.risk_coverage_curve`, and aurc with its interval; bands: for each model
+    `risk_coverage_band` of the raw confidence, unless there is one group alone.
     """
+    shares = np.linspace(0.02, 1, 50)
     return {
         "n": {model.name: len(model.label) for model in models},
         "curves": {
@@ -388,6 +391,11 @@ def prepare_risk_coverage(models):
             }
             for model in models
             for method in ("raw", "platt")
+        },
+        "bands": {
+            model.name: risk_coverage_band(*model.confidence("raw"), shares, model.group)
+            for model in models
+            if model.n_groups["test"] > 1
         },
     }
 
@@ -1065,6 +1073,11 @@ def plot_risk_coverage(data, figure):
         figure, "What the confidence can rank: risk against coverage", legend_rows=2
     )
     ax = body.subplots()
+    for name, band in data["bands"].items():
+        color = MODEL_COLORS[name]
+        ax.fill_between(
+            band["coverage"], band["low"], band["high"], color=color, alpha=0.3, linewidth=0
+        )
     for (name, method), curve in data["curves"].items():
         aurc = curve["aurc"]
         area = f"{aurc['estimate']:.3f} [{aurc['low']:.3f}, {aurc['high']:.3f}]"
@@ -1082,7 +1095,7 @@ def plot_risk_coverage(data, figure):
     _percent_axis(ax, "y", whole=False)
     ax.set_xlabel("coverage: share of the test rows answered, the most confident first")
     ax.set_ylabel("risk: share of wrong answers among them")
-    ax.set_title(f"{_rows_text(data['n'])}; the left end rests on few of them")
+    ax.set_title(f"{_rows_text(data['n'])}; shaded: 95 % intervals of raw, one by one")
     _legend(foot, [ax], ncols=2)
 
 

@@ -45,6 +45,7 @@ from calibration_metrics import (
     null_calibration_error,
     paired_difference,
     reliability_diagram,
+    risk_coverage_band,
     risk_coverage_curve,
     smooth_calibration_error,
     spiegelhalter_test,
@@ -432,6 +433,50 @@ def test_curve_and_coverage_at_risk_agree_with_every_threshold_tried(rows, risk)
         if (~correct[above]).sum() / above.sum() <= risk:
             best = max(best, above.mean())
     assert coverage_at_risk(confidence, correct, risk) == best
+
+
+def test_the_band_of_the_curve_is_one_of_measured_accuracies():
+    rng = np.random.default_rng(7)
+    confidence = rng.uniform(0.5, 1, 300).round(2)
+    correct, group = rng.random(300) < confidence, np.arange(300) // 3
+    shares = [0.0, 0.1, 0.5, 1.0]
+    band = risk_coverage_band(confidence, correct, shares, group, n_resamples=200, seed=3)
+    for i, share in enumerate(shares):
+        one = measure(
+            "accuracy_at_coverage",
+            confidence,
+            correct,
+            group=group,
+            coverage=share,
+            n_resamples=200,
+            seed=3,
+        )
+        assert band["risk"][i] == 1 - accuracy_at_coverage(confidence, correct, share)
+        assert (band["low"][i], band["high"][i]) == (1 - one["high"], 1 - one["low"])
+    assert (band["low"] <= band["risk"]).all() and (band["risk"] <= band["high"]).all()
+    curve = risk_coverage_curve(confidence, correct)
+    whole = risk_coverage_band(confidence, correct, curve["coverage"], n_resamples=5)
+    np.testing.assert_allclose(whole["risk"], curve["risk"], atol=1e-12)
+    for wrong in ([1.1], [np.nan], [], 0.5):
+        with pytest.raises(ValueError, match="coverage"):
+            risk_coverage_band(confidence, correct, wrong)
+
+
+@pytest.mark.slow
+def test_the_band_of_the_curve_covers():
+    """At each coverage the interval holds the risk of the whole population, in 500 draws."""
+    shares = np.array([0.2, 0.5, 1.0])
+
+    def drawn(n, seed):
+        rng = np.random.default_rng(seed)
+        confidence = rng.beta(4, 1.5, n)
+        return confidence, rng.random(n) < confidence
+
+    confidence, correct = drawn(2_000_000, 10_000)
+    truth = [1 - accuracy_at_coverage(confidence, correct, share) for share in shares]
+    bands = [risk_coverage_band(*drawn(500, seed), shares, n_resamples=300) for seed in range(500)]
+    covered = [(b["low"] <= truth) & (truth <= b["high"]) for b in bands]
+    assert (np.abs(np.mean(covered, axis=0) - 0.95) < 0.035).all()
 
 
 def test_a_risk_met_exactly_is_met():
@@ -1685,6 +1730,7 @@ def test_two_rows_that_agree_are_no_proof():
 OF_ANSWERS = {
     **MEASURES,
     "risk_coverage_curve": risk_coverage_curve,
+    "risk_coverage_band": lambda c, k: risk_coverage_band(c, k, [0.5], n_resamples=5),
     "reliability_diagram": lambda c, k: reliability_diagram(c, k, n_null=5),
     "reliability_diagram, equal mass": lambda c, k: reliability_diagram(
         c, k, binning="mass", n_null=5

@@ -240,6 +240,9 @@ def test_risk_at_full_coverage_is_the_error_of_all_test_rows(evaluations):
             sure = confidence >= curve["threshold"][half]
             assert curve["risk"][half] == pytest.approx(1 - correct[sure].mean())
             assert curve["aurc"] == model.metrics[method]["aurc"]
+        band = data["bands"][model.name]
+        assert band["coverage"][-1] == 1
+        assert band["low"][-1] < 1 - model.confidence("raw")[1].mean() < band["high"][-1]
 
 
 def test_only_the_largest_categories_are_shown():

@@ -57,6 +57,7 @@ OF_ANSWERS = {
     "auroc": "m.auroc",
     "corp_decomposition": "m.corp_decomposition",
     "risk_coverage_curve": "m.risk_coverage_curve",
+    "risk_coverage_band": "partial(m.risk_coverage_band, coverage=[0.1, 0.5], n_resamples=5)",
     "aurc": "m.aurc",
     "excess_aurc": "m.excess_aurc",
     "augrc": "m.augrc",
