@@ -395,7 +395,7 @@ def prepare_risk_coverage(models):
         "bands": {
             model.name: risk_coverage_band(*model.confidence("raw"), shares, model.group)
             for model in models
-            if model.n_groups["test"] > 1
+            if len(np.unique(model.group)) > 1
         },
     }
 
