@@ -31,6 +31,7 @@ from records import (
 from settings import (
     EvaluationSettings,
     Label,
+    ModelSettings,
     TaskSettings,
     UserError,
     add_arguments,
@@ -269,8 +270,10 @@ def main(argv=None):
     defaults = EvaluationSettings()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", nargs="?", default="Best worst thing ever", help="text to classify")
-    parser.add_argument("--model", default="embedded", help="preset, hub id or folder")
-    parser.add_argument("--adapter", help="folder of a LoRA adapter")
+    parser.add_argument(
+        "--model", default="embedded", help="base, finetuned, preset, hub id or folder"
+    )
+    parser.add_argument("--adapter", help="folder of a LoRA adapter; its task is the default")
     parser.add_argument("--samples", type=int, default=100, help="largest number of samples")
     parser.add_argument("--temperature", type=float, default=defaults.temperature)
     parser.add_argument("--dropout-passes", type=int, default=defaults.dropout_passes)
@@ -281,12 +284,15 @@ def main(argv=None):
         parser.error("--samples and --dropout-passes must be at least 1, --temperature above 0")
     if arguments.seed < 0:
         parser.error(f"--seed must be at least 0, got {arguments.seed}")
-    from logprobs_confidence import TransformerLogprobsClassifier
+    from logprobs_confidence import load_classifier
 
     text = arguments.text
     try:
-        task = from_arguments(TaskSettings, arguments).build()
-        classifier = TransformerLogprobsClassifier(arguments.model, arguments.adapter, task)
+        given = from_arguments(TaskSettings, arguments)
+        task = None if given == TaskSettings() else given.build()
+        settings = ModelSettings(model=arguments.model)
+        classifier = load_classifier(settings, arguments.adapter, task)
+        task = classifier.task
         own = classifier.classify(text)
         sampled = classifier.classify(text, temperature=arguments.temperature).label_logprobs
         exact = answer_distribution(sampled)

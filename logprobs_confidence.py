@@ -911,13 +911,18 @@ DEMONSTRATION_TEXTS = (
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts to classify")
-    parser.add_argument("--model", default="embedded", help="preset, hub id or folder")
-    parser.add_argument("--adapter", help="folder of a LoRA adapter")
+    parser.add_argument(
+        "--model", default="embedded", help="base, finetuned, preset, hub id or folder"
+    )
+    parser.add_argument("--adapter", help="folder of a LoRA adapter; its task is the default")
     add_arguments(parser, TaskSettings)
     arguments = parser.parse_args(argv)
     try:
-        task = from_arguments(TaskSettings, arguments).build()
-        classifier = TransformerLogprobsClassifier(arguments.model, arguments.adapter, task)
+        own = from_arguments(TaskSettings, arguments)
+        task = None if own == TaskSettings() else own.build()
+        settings = ModelSettings(model=arguments.model)
+        classifier = load_classifier(settings, arguments.adapter, task)
+        task = classifier.task
         texts = arguments.texts or list(DEMONSTRATION_TEXTS)
         predictions = classifier.classify_batch(texts)
     except UserError as error:

@@ -291,7 +291,7 @@ def test_script_shows_dropout_where_there_is_an_adapter(tuned, capsys):
     flags = ["--adapter", tuned.adapter, "--dropout-passes", "3", "--samples", "5"]
     assert main(["It was fine.", *flags]) == 0
     out = capsys.readouterr().out
-    assert "3 passes: P(positive) from" in out and "mutual information" in out
+    assert "3 passes: P(animal) from" in out and "mutual information" in out
 
 
 @pytest.mark.parametrize(

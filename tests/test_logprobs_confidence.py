@@ -26,6 +26,7 @@ from logprobs_confidence import (
     model_fingerprint,
     visible_token,
 )
+from records import write_json
 from settings import (
     EMBEDDED_MODEL_DIR,
     ROOT,
@@ -36,6 +37,7 @@ from settings import (
     Task,
     UserError,
     case_variants,
+    read_task,
 )
 
 TEXTS = [
@@ -709,6 +711,15 @@ def test_the_demonstration_asks_any_task(capsys, tmp_path):
     )
     assert main(["--task", "spamm", "x"]) == 1
     assert "the shipped tasks are" in capsys.readouterr().err
+
+
+def test_the_demonstration_asks_what_an_adapter_was_trained_for(adapter, tmp_path, capsys):
+    folder = shutil.copytree(adapter, tmp_path / "spam")
+    write_json(folder / "task.json", read_task("spam").to_json())
+    assert main(["--adapter", str(folder), "x"]) == 0
+    assert "P(spam)" in capsys.readouterr().out
+    assert main(["--adapter", str(folder), "--task", "sentiment", "x"]) == 0
+    assert "P(positive)" in capsys.readouterr().out
 
 
 def test_demonstration_prints_a_row_a_text(capsys):
