@@ -268,10 +268,11 @@ def cross_fitted_losses(rows, anchor, penalty=None, n_folds=5, seed=0):
 def fit_blend(rows, n_folds=5, seed=0):
     """The blend of the signals in `signal_rows` of the calibration split, and why it is so.
 
-    The anchor is the part with the lowest cross-fitted log-loss by itself. Of the penalties, from
-    infinite to 1, the largest is taken whose log-loss is within one standard error of the lowest
-    (paired, clustered by group), as in `calibration.select_calibrator`: a blend that is not clearly
-    better than one part on these rows is that part.
+    The anchor is the first part, in the order of `signals.METHODS` from one pass a text to many,
+    whose cross-fitted log-loss by itself is within one standard error of the lowest (paired,
+    clustered by group). Of the penalties, from infinite to 1, the largest is taken of which the
+    same is true, as in `calibration.select_calibrator`: what is not clearly better on these rows
+    is not paid for.
     Returns (`SignalBlend` fitted on all rows, selection); selection is a dict ready for JSON:
       anchor; parts: {name: its cross-fitted "log_loss" alone};
       penalties: [{"penalty": None for infinite, "log_loss", "difference" to the lowest,
@@ -279,7 +280,8 @@ def fit_blend(rows, n_folds=5, seed=0):
     Raises ValueError for rows of another split or of a single group.
     """
     alone = {name: cross_fitted_losses(rows, name, None, n_folds, seed) for name in rows["signals"]}
-    anchor = min(alone, key=lambda name: alone[name].mean())
+    best = min(alone.values(), key=np.mean)
+    anchor = next(name for name in METHODS if name in alone and _is_near(alone[name], best, rows))
     losses = {None: alone[anchor]}
     if len(alone) > 1:
         for penalty in PENALTIES:
@@ -304,6 +306,11 @@ def fit_blend(rows, n_folds=5, seed=0):
         "penalty": near[0]["penalty"],
     }
     return SignalBlend().fit(rows, anchor, near[0]["penalty"]), selection
+
+
+def _is_near(loss, lowest, rows):
+    difference, error = mean_and_standard_error(loss - lowest, rows["group"])
+    return difference <= error
 
 
 # Files.

@@ -124,12 +124,12 @@ def combined_text(table):
     shown = text_table(["part", "cross-fitted log-loss alone", "weight"], rows)
     if selection["penalty"] is None:
         verdict = (
-            f"The blend is {anchor} alone: on calibration rows no blend predicted unseen rows "
-            "better by more than one standard error."
+            f"The blend is {anchor} alone: on calibration rows nothing that costs more predicted "
+            "unseen rows better by more than one standard error."
         )
     else:
         verdict = (
-            f"The blend starts from {anchor}, the best part alone, and pays for every other "
+            f"The blend starts from {anchor}, the cheapest good part, and pays for every other "
             f"(penalty {selection['penalty']:g}). Weights are per standardised signal, nats."
         )
     best = combined["difference"][combined["best_part"]]

@@ -282,7 +282,8 @@ def signals_of(name, table):
     what = f"blends {', '.join(parts)}, starting from {anchor}"
     if combined["selection"]["penalty"] is None:
         what = (
-            f"is {anchor} alone, because no blend predicted unseen calibration rows clearly better"
+            f"is {anchor} alone: nothing that costs more predicted unseen calibration rows clearly "
+            "better"
         )
     sentences = [
         f"Combined {what}. Its log-loss minus that of the best part on test rows, "

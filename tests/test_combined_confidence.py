@@ -67,7 +67,7 @@ def test_the_text_names_who_wins_and_what_was_left_out():
         "Left out: Monte-Carlo dropout, entropy under dropout, mutual information: the base" in text
     )
     assert "No part of the blend: verbalised confidence: scored" in text
-    assert "The blend starts from P(True), the best part alone" in text
+    assert ", the cheapest good part, and pays for every other" in text
     table["methods"]["p_true"]["label_mass"] = 4e-7
     table["combined"]["selection"]["penalty"] = None
     table["methods"]["margin"]["metrics"]["auroc"] |= {"estimate": None, "low": None, "high": None}
