@@ -378,9 +378,9 @@ class TrainingSettings:
         "(default: all-linear+embeddings below 1 billion parameters, else all-linear)",
     )
     learning_rate: float | None = setting(
-        None, "peak learning rate (default: 1e-3 below 1 billion parameters, else 2e-4)"
+        None, "peak learning rate (default: 2e-3 below 1 billion parameters, else 2e-4)"
     )
-    epochs: int = setting(1, "passes over the training rows")
+    epochs: int = setting(2, "passes over the training rows")
     batch_size: int | None = setting(
         None, "rows of one forward pass (default: 32 below 1 billion parameters, else 4)"
     )
@@ -390,14 +390,14 @@ class TrainingSettings:
     warmup_fraction: float = setting(0.05, "share of the steps with a rising learning rate")
     weight_decay: float = setting(0.01, "AdamW weight decay")
     evaluations_per_epoch: int = setting(4, "validation passes an epoch")
-    patience: int = setting(4, "validation passes without improvement before training stops")
+    patience: int = setting(2, "validation passes without improvement before training stops")
     train_seed: int = setting(42, "seed of initialisation, order and dropout")
 
     def for_model(self, parameters):
         """These settings with what was left open filled in for a model of so many parameters."""
         large = parameters >= 1e9
         filled = {
-            "learning_rate": 2e-4 if large else 1e-3,
+            "learning_rate": 2e-4 if large else 2e-3,
             "batch_size": 4 if large else 32,
             "accumulation": 4 if large else 1,
             "target_modules": "all-linear" if large else "all-linear+embeddings",
