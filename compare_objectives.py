@@ -120,13 +120,18 @@ def p_true_numbers(models, seed):
     Returns {"token_probability": scores, "p_true": scores, "difference": P(True) − token
     probability}; scores: auroc, aurc of answer and confidence; raw_ece and raw_log_loss of the
     confidence as the probability that the answer is right; ece and log_loss after Platt scaling.
+    Where P(True) could not be asked, {"left_out": why}.
     """
     import numpy as np
 
     from blend import SignalBlend, signal_rows
     from calibration_metrics import compare, measure
     from records import label_probabilities
-    from signals import method_arrays
+    from signals import method_arrays, usable_methods
+
+    for model in models:
+        if reason := usable_methods(model.results)[1].get(P_TRUE):
+            return {"left_out": reason}
 
     def pooled(columns):
         return {key: np.concatenate([of[key] for of in columns]) for key in columns[0]}
@@ -294,6 +299,9 @@ def p_true_table(numbers):
     titles = {TOKEN_PROBABILITY: "token probability", P_TRUE: "P(True)"}
     rows, sentences = [], []
     for name, table in numbers["p_true"].items():
+        if "left_out" in table:
+            sentences.append(f"After {name} P(True) cannot be judged: {table['left_out']}.")
+            continue
         for method, title in titles.items():
             of = table[method]
 
@@ -334,7 +342,8 @@ def tables(numbers):
         *(method_table(method, numbers) for method in METHODS),
         *([p_true_table(numbers)] if numbers["p_true"] else []),
         runs_table(numbers),
-        *(prose(text, 100) for text in [*warnings, note]),
+        *(prose(text, 100) for text in warnings),
+        note,
     ]
     return "\n\n".join(parts)
 
@@ -386,6 +395,7 @@ def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(
         description="Compare the objectives of fine-tuning with plain cross-entropy.",
         epilog="Exit codes: 0 done, 1 failed, 2 bad usage.",
+        allow_abbrev=False,  # --objective is of fine_tune_model.py
     )
     others = [name for name in OBJECTIVES if name != REFERENCE]
     parser.add_argument(

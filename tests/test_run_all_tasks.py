@@ -168,7 +168,7 @@ def test_the_document_gets_the_tables_between_its_markers(finished, tmp_path, mo
     assert (tmp_path / "TASKS.md").read_text(encoding="utf-8") == expected
     assert json.loads((tmp_path / "tasks.json").read_text(encoding="utf-8")) == numbers
     (tmp_path / "TASKS.md").write_text("no block")
-    with pytest.raises(UserError, match="TASKS.md has 0 marker pairs named 'tasks'"):
+    with pytest.raises(UserError, match=r"TASKS\.md has 0 marker pairs named 'tasks'"):
         update_document(numbers)
 
 
