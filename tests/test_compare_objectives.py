@@ -179,22 +179,18 @@ def test_a_real_difference_is_found_and_holm_counts_every_test():
     group = (np.arange(600) // 2).astype(str)
     good = np.column_stack([truth, 1 - truth])
     sharp = good**4 / (good**4).sum(1, keepdims=True)
-    blurred = 0.98 * good + 0.01
-    answers = {"good": {"raw": good}, "sharp": {"raw": sharp}, "blurred": {"raw": blurred}}
+    answers = {"good": {"raw": good}, "sharp": {"raw": sharp}, "same": {"raw": good.copy()}}
     table = against_reference(answers, label, group)["raw"]
     assert table["sharp"]["log_loss"]["p_value_holm"] < 0.01
     assert table["sharp"]["log_loss"]["estimate"] > 0
     assert table["sharp"]["ece"]["estimate"] > 0.05
-    assert table["blurred"]["log_loss"]["p_value_holm"] > 0.05
-    assert table["sharp"]["aurc"]["estimate"] == pytest.approx(0, abs=1e-12)  # order is the same
+    assert table["sharp"]["aurc"]["estimate"] == pytest.approx(0, abs=1e-9)  # order is the same
+    assert (table["same"]["brier"]["estimate"], table["same"]["brier"]["p_value_holm"]) == (0, 1)
     both = against_reference(
         {name: {"raw": of["raw"], "platt": of["raw"]} for name, of in answers.items()}, label, group
-    )
-    p_value = both["raw"]["sharp"]["brier"]["p_value"]
-    assert p_value == pytest.approx(table["sharp"]["brier"]["p_value"])
-    assert both["raw"]["sharp"]["log_loss"]["p_value_holm"] == pytest.approx(
-        12 * both["raw"]["sharp"]["log_loss"]["p_value"]
-    )  # the smallest of 2 methods × 2 models × 3 scores
+    )["raw"]["sharp"]
+    least = min((both[score] for score in ("log_loss", "brier")), key=lambda d: d["p_value"])
+    assert least["p_value_holm"] == pytest.approx(12 * least["p_value"])  # 2 methods · 2 · 3 scores
 
 
 # The document
