@@ -3,6 +3,7 @@
     models = load_models("evaluation_cache")
     table = calibrator_comparison(models["base"])
     gains = model_comparison(models["base"], models["finetuned"])
+    table = against_reference({"cross-entropy": ..., "focal": ...}, label, group)
     lessons = pitfalls(models["base"])
 
 Calibrators, and the choice among them, come from calibration rows; what is reported of them comes
@@ -502,6 +503,29 @@ def model_comparison(first, second, seed=0):
         "domains": _breakdown(domain, pair, names, label, group, seed),
         "ranking": _ranking(candidates, label, group, seed),
     }
+
+
+def against_reference(answers, label, group, n_bins=20, seed=0):
+    """Several models, each against the first of them, paired on the same rows.
+
+    answers: {model: {method: (n, K) probabilities}}, the same methods for every model; label: (n,)
+    int; group: (n,) str.
+    Returns {method: {model: scores}} of all models but the first: accuracy, log_loss, brier, ece
+    and aurc as in `model_comparison`, differences model − first; p_value_holm is over all models,
+    methods and the first three scores.
+    """
+    first, *others = answers
+    table = {}
+    for method, reference in answers[first].items():
+        table[method] = {}
+        for name in others:
+            pair, names = (reference, answers[name][method]), (first, name)
+            table[method][name] = {
+                **_paired_scores(pair, names, label, group, seed),
+                **_curve_differences(pair, names, label, group, n_bins, seed),
+            }
+    _with_holm([row[score] for of in table.values() for row in of.values() for score in SCORES])
+    return table
 
 
 # -------------------------------------------------------------------------------------- pitfalls

@@ -4,14 +4,16 @@
     python fine_tune_model.py --model llama-3.1-8b --quantization 4bit
     python fine_tune_model.py --data my.csv --question "Is this spam? Answer yes or no." \\
         --labels spam=yes,ham=no --output-dir my_run
+    python fine_tune_model.py --objective focal                # see docs/OBJECTIVES.md
     accelerate launch --multi_gpu --num_processes 4 fine_tune_model.py --model llama-3.1-8b
 
-The loss covers the answer only: the token that the evaluation sums, after the same prompt. The
-checkpoint is chosen on the validation rows by the log-loss that is left after calibration ("refine,
-then calibrate", Berta et al. 2025, arXiv 2501.19195); the test rows choose nothing. An interrupted
-run continues from its last validation pass. The result, fine_tuned_sentiment_model/, appears as a
-whole or not at all; its manifest says what it was made from, and a run that would make the same
-again says so and stops.
+The loss covers the answer only: the token that the evaluation sums, after the same prompt.
+`--objective` says what is asked of that answer, and whether the model learns to say beside it how
+sure it may be. Whichever it is, the checkpoint is chosen on the validation rows by the log-loss
+that is left after calibration ("refine, then calibrate", Berta et al. 2025, arXiv 2501.19195); the
+test rows choose nothing. An interrupted run continues from its last validation pass. The result,
+fine_tuned_sentiment_model/, appears as a whole or not at all; its manifest says what it was made
+from, and a run that would make the same again says so and stops.
 """
 
 import argparse
@@ -24,9 +26,11 @@ import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from records import read_json, versions, write_json
 from settings import (
+    OBJECTIVES,
     ROOT,
     DataSettings,
     ModelSettings,
@@ -55,38 +59,61 @@ NEXT_STEP = "run: python fine_tune_model.py --force-retrain"
 def training_fingerprint(data_print, task, model_print, training):
     """Identity of a fine-tuning run: the same one on the same machine gives the same adapter."""
     return fingerprint(
-        [MANIFEST_VERSION, data_print, task.asked.to_json(), model_print, asdict(training)]
+        [MANIFEST_VERSION, data_print, task.asked.to_json(), model_print, training.relevant()]
     )
+
+
+class TrainingRow(NamedTuple):
+    """One prompt and its answer.
+
+    prompt: token ids. words: (K,) for each label the token ids that training makes of it: its first
+    answer word, of which only the first token counts unless labels are scored whole. label: index
+    of the true one. text: what the prompt asks about.
+    """
+
+    prompt: list[int]
+    words: tuple[tuple[int, ...], ...]
+    label: int
+    text: str
+
+    @property
+    def answer(self):
+        """Token ids of the true label."""
+        return self.words[self.label]
+
+
+def trained_words(encoder):
+    """(K,) token ids of each label as in `TrainingRow`."""
+    if encoder.label_ids is not None:
+        return tuple(ids[:1] for ids in encoder.label_ids)
+    return tuple(words[0] for words in encoder.label_words)
 
 
 class AnswerBatches:
     """The prompts and answers of the training rows, in batches of similar length.
 
     encoders: one, or those of a lettered task, one for each order of its options; each row is asked
-    in an order drawn anew every epoch. A target is the first answer word of the row's label (its
-    first token, or all of its tokens where labels are scored whole). Batches, and the orders in
-    them, are a pure function of (seed, epoch).
+    in an order drawn anew every epoch. Batches, and the orders in them, are a pure function of
+    (seed, epoch).
     """
 
     def __init__(self, encoders, examples, batch_size, seed):
         self.batch_size, self.seed = batch_size, seed
         texts = [e.text.strip() for e in examples]
-        self.orders = []  # for each order its rows: (prompt ids, answer ids)
+        self.orders = []  # for each order its `TrainingRow`s
         for encoder in encoders:
-            if encoder.label_ids is not None:
-                words = [ids[:1] for ids in encoder.label_ids]
-            else:
-                words = [answers[0] for answers in encoder.label_words]
-            names = encoder.task.label_names
+            words, names = trained_words(encoder), encoder.task.label_names
             self.orders.append(
                 [
-                    (ids, words[names.index(e.label)])
-                    for (ids, _), e in zip(encoder.encode(texts), examples, strict=True)
+                    TrainingRow(ids, words, names.index(e.label), text)
+                    for (ids, _), e, text in zip(
+                        encoder.encode(texts), examples, texts, strict=True
+                    )
                 ]
             )
 
     def epoch(self, number):
-        """The batches of one epoch: lists of (prompt ids, answer ids)."""
+        """The batches of one epoch: lists of `TrainingRow`."""
         import numpy as np
 
         n = len(self.orders[0])
@@ -97,7 +124,7 @@ class AnswerBatches:
         pool = 50 * self.batch_size  # sorted by length within a pool: little padding, still random
         batches = []
         for start in range(0, len(shuffled), pool):
-            part = sorted(shuffled[start : start + pool], key=lambda i: len(rows[i][0]))
+            part = sorted(shuffled[start : start + pool], key=lambda i: len(rows[i].prompt))
             batches += [
                 [rows[i] for i in part[k : k + self.batch_size]]
                 for k in range(0, len(part), self.batch_size)
@@ -105,38 +132,179 @@ class AnswerBatches:
         return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def answer_loss(model, batch, share=True):
-    """Mean over the rows of the negative log-probability (nats) of the answer tokens.
+def answer_logits(model, answers, share=True):
+    """(logits (T, V), token ids (T,)) of the T answer tokens of [(prompt ids, answer ids)].
 
-    Only the positions that predict answer tokens reach the output head. share: what all prompts of
-    the batch begin with goes through the model once, and gradients flow back through it, so that
-    the result is the same.
+    Only the positions that predict answer tokens reach the output head. share: what all prompts
+    begin with goes through the model once, and gradients flow back through it, so that the result
+    is the same.
     """
     import torch
-    from torch.nn.functional import cross_entropy
 
     from engine import next_token_logits, shared_prefix
     from logprobs_confidence import common_length
 
-    prompts = [ids for ids, _ in batch]
+    prompts = [ids for ids, _ in answers]
     prefix = None
-    if share and len(batch) > 1:
+    if share and len(answers) > 1:
         common = min(common_length(prompts[0], ids) for ids in prompts[1:])
         common = min(common, min(map(len, prompts)) - 1)  # a row needs a token of its own
         prefix = shared_prefix(model, prompts[0][:common]) if common > 0 else None
-    sequences = [ids + list(word[:-1]) for ids, word in batch]
-    positions = [[len(ids) - 1 + j for j in range(len(word))] for ids, word in batch]
-    logits = next_token_logits(model, sequences, positions, prefix)  # (answer tokens, V)
-    targets = torch.tensor([token for _, word in batch for token in word], device=logits.device)
+    sequences = [ids + list(word[:-1]) for ids, word in answers]
+    positions = [[len(ids) - 1 + j for j in range(len(word))] for ids, word in answers]
+    logits = next_token_logits(model, sequences, positions, prefix)
+    targets = torch.tensor([token for _, word in answers for token in word], device=logits.device)
+    return logits, targets
+
+
+def answer_loss(model, batch, share=True):
+    """Mean over the rows of the negative log-probability (nats) of the answer tokens."""
+    from torch.nn.functional import cross_entropy
+
+    logits, targets = answer_logits(model, [(row.prompt, row.answer) for row in batch], share)
     return cross_entropy(logits, targets, reduction="sum") / len(batch)
 
 
-def validate(classifier, examples, accelerator):
-    """Validation numbers of the current adapter; the rows are divided over the processes."""
+def label_logprobs(model, batch, share=True):
+    """(B, K) log-probability (nats) of each label's trained word, with gradients.
+
+    Words of one token are read from one distribution a row. Of labels scored whole every word takes
+    a sequence of its own, K a row.
+    """
+    import torch
+
+    if all(len(word) == 1 for row in batch for word in row.words):
+        logits, _ = answer_logits(model, [(row.prompt, row.words[0]) for row in batch], share)
+        words = torch.tensor([[word[0] for word in row.words] for row in batch])
+        return logits.log_softmax(-1).gather(1, words.to(logits.device))
+    answers = [(row.prompt, word) for row in batch for word in row.words]
+    logits, targets = answer_logits(model, answers, share)
+    tokens = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    sums = [part.sum() for part in tokens.split([len(word) for _, word in answers])]
+    return torch.stack(sums).view(len(batch), -1)
+
+
+# What `--objective` makes of the (B, K) log-probabilities and the true labels (B,): a loss in nats
+# a row (B,). docs/OBJECTIVES.md says what each is for. p is a label's probability among all tokens,
+# P its share of the labels.
+
+
+def label_smoothing_loss(logprobs, label, smoothing):
+    """−Σₖ qₖ log pₖ with q = 1 − smoothing for the true label, and smoothing / K more for each.
+
+    Over the labels and not the vocabulary: smoothed over the vocabulary the model would be taught
+    to give that share of its answers to words that are none.
+    Source: Szegedy et al. 2016, section 7, https://arxiv.org/abs/1512.00567
+    """
+    true = logprobs.gather(1, label[:, None])[:, 0]
+    return -(1 - smoothing) * true - smoothing * logprobs.mean(1)
+
+
+def focal_loss(logprobs, label, gamma):
+    """−(1 − p)^gamma log p of the true label.
+
+    Source: Lin et al. 2017, eq. 4, https://arxiv.org/abs/1708.02002
+    """
+    true = logprobs.gather(1, label[:, None])[:, 0]
+    # 1 − p as −expm1(log p); its power has no derivative at 0, which a row of p = 1 would reach.
+    unsure = (-true.expm1()).clamp(min=1e-12)
+    return -(unsure**gamma) * true
+
+
+def brier_loss(logprobs, label):
+    """Σₖ (Pₖ − 1[k is true])² − log Σₖ pₖ.
+
+    The first part does not change when every pₖ is halved: by itself it would let the model stop
+    answering. The second, −log of the label mass, keeps the answer an answer; it is the one that
+    cross-entropy has as well, since −log p = −log P − log of the mass.
+    Source: the score: Brier 1950, https://doi.org/10.1175/1520-0493(1950)078<0001:VOFEIT>2.0.CO;2
+    """
+    from torch.nn.functional import one_hot
+
+    among_labels = logprobs.softmax(1)
+    squares = (among_labels - one_hot(label, logprobs.shape[1])) ** 2
+    return squares.sum(1) - logprobs.logsumexp(1)
+
+
+def confidence_rows(logprobs, batch, siblings, calibrator):
+    """(rows that ask whether the model's present answers are right, soft targets (B,)).
+
+    logprobs: (B, K) what the model says of the batch, without gradients. siblings: of
+    `p_true_siblings`, one a label in the order of the task. calibrator: fitted on validation rows.
+    A target is the probability that it gives the answer: nothing of the row's own label is in it.
+    """
+    import torch
+
+    from calibration import calibrated_probabilities
+
+    rows, targets = [], []
+    given = logprobs.double().cpu().numpy()
+    calibrated = calibrated_probabilities(calibrator, {"label_logprobs": given})
+    for row, answer, right in zip(batch, given.argmax(1), calibrated, strict=True):
+        encoder = siblings[answer].encoder
+        ((ids, _),) = encoder.encode([row.text])
+        rows.append(TrainingRow(ids, trained_words(encoder), 0, row.text))
+        targets.append(right[answer])
+    return rows, torch.tensor(targets, dtype=logprobs.dtype, device=logprobs.device)
+
+
+def multi_task_loss(model, batch, siblings, calibrator, share=True):
+    """Cross-entropy of the answer, and of True and False to P(True) against soft targets; a mean.
+
+    The second question is the one of `prompted_confidence`, so that what is learnt here is what the
+    signal p_true reads. calibrator: as for `confidence_rows`.
+    """
+    import torch
+
+    logprobs = label_logprobs(model, batch, share)
+    if not logprobs.isfinite().all():
+        return logprobs.sum()  # no loss, upon which training stops
+    label = torch.tensor([row.label for row in batch], device=logprobs.device)
+    rows, right = confidence_rows(logprobs.detach(), batch, siblings, calibrator)
+    said = label_logprobs(model, rows, share)  # (B, 2): true, false
+    stated = -(right * said[:, 0] + (1 - right) * said[:, 1])
+    return (stated - logprobs.gather(1, label[:, None])[:, 0]).mean()
+
+
+def training_loss(training, classifier, share):
+    """(model, batch, calibrator) → the mean loss of a batch under `training.objective`.
+
+    calibrator: the one of the last validation pass, for multi-task; others do not look at it.
+    """
+    if training.objective == "cross-entropy":
+        return lambda model, batch, _: answer_loss(model, batch, share)
+    if training.objective == "multi-task":
+        from prompted_confidence import p_true_siblings
+
+        siblings = tuple(p_true_siblings(classifier).values())
+        return lambda model, batch, calibrator: multi_task_loss(
+            model, batch, siblings, calibrator, share
+        )
+    row_loss, parameters = {
+        "label-smoothing": (label_smoothing_loss, (training.label_smoothing,)),
+        "focal": (focal_loss, (training.focal_gamma,)),
+        "brier": (brier_loss, ()),
+    }[training.objective]
+
+    def loss(model, batch, _):
+        import torch
+
+        logprobs = label_logprobs(model, batch, share)
+        label = torch.tensor([row.label for row in batch], device=logprobs.device)
+        return row_loss(logprobs, label, *parameters).mean()
+
+    return loss
+
+
+def validate(classifier, examples, accelerator, fit_platt=False):
+    """Validation numbers of the current adapter; the rows are divided over the processes.
+
+    fit_platt: with "validation_platt", Platt scaling fitted on these rows, as JSON.
+    """
     import numpy as np
     from accelerate.utils import gather_object
 
-    from calibration import calibrated_log_loss
+    from calibration import PlattScalingCalibrator, calibrated_log_loss
     from calibration_metrics import expected_calibration_error, log_loss
     from records import label_probabilities
 
@@ -158,16 +326,18 @@ def validate(classifier, examples, accelerator):
     probabilities = label_probabilities(logprobs)
     binary = logprobs.shape[1] == 2
     margin = logprobs[:, 0] - logprobs[:, 1] if binary else logprobs
-    return {
+    target = label == 0 if binary else label
+    numbers = {
         "validation_loss": log_loss(probabilities, label),
         "validation_accuracy": float((probabilities.argmax(1) == label).mean()),
         "validation_ece": expected_calibration_error(
             probabilities.max(1), probabilities.argmax(1) == label
         ),
-        "validation_calibrated_log_loss": calibrated_log_loss(
-            margin, label == 0 if binary else label
-        ),
+        "validation_calibrated_log_loss": calibrated_log_loss(margin, target),
     }
+    if fit_platt:
+        numbers["validation_platt"] = PlattScalingCalibrator().fit(margin, target).to_json()
+    return numbers
 
 
 def add_adapter(classifier, training, resume_from=None):
@@ -340,6 +510,7 @@ def train(accelerator, classifier, splits, training, checkpoint):
     import torch
     from tqdm import tqdm
 
+    from calibration import PlattScalingCalibrator
     from engine import OneForward
 
     state = checkpoint.read()
@@ -351,7 +522,7 @@ def train(accelerator, classifier, splits, training, checkpoint):
     )
     # Gradient checkpointing computes layers again at the backward pass and has no cache to share.
     share = classifier.engine.shares_prefix and not model.is_activation_checkpointing
-    loss_of = OneForward(model, lambda model, batch: answer_loss(model, batch, share))
+    loss_of = OneForward(model, training_loss(training, classifier, share))
     wrapped = accelerator.prepare(loss_of) if accelerator.num_processes > 1 else loss_of
     batches = AnswerBatches(
         classifier.encoders, splits["train"], training.batch_size, training.train_seed
@@ -360,6 +531,7 @@ def train(accelerator, classifier, splits, training, checkpoint):
     per_epoch = math.ceil(len(batches.epoch(0)) / (world * training.accumulation))
     total = per_epoch * training.epochs
     passes = training.epochs * training.evaluations_per_epoch
+    fit_platt, calibrator = training.objective == "multi-task", None
     validation_steps = {math.ceil((i + 1) * total / passes) for i in range(passes)}
     step, history = (state["step"], state["history"]) if state else (0, [])
     if state:
@@ -367,7 +539,7 @@ def train(accelerator, classifier, splits, training, checkpoint):
         accelerator.print(f"continuing after step {step} of {total}", file=sys.stderr)
     else:
         start = {"step": 0, "epoch": 0.0, "training_loss": None}
-        history.append(start | validate(classifier, splits["validation"], accelerator))
+        history.append(start | validate(classifier, splits["validation"], accelerator, fit_platt))
     losses, stopped = [], patience_is_over(history, training.patience)
     bar = tqdm(
         total=total,
@@ -384,13 +556,15 @@ def train(accelerator, classifier, splits, training, checkpoint):
             order, order_of = batches.epoch(epoch), epoch
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, total, training)
+        if fit_platt:
+            calibrator = PlattScalingCalibrator.from_json(history[-1]["validation_platt"])
         torch.manual_seed((training.train_seed << 32) + (step << 8) + rank)  # dropout
         for k in range(training.accumulation):
             position = (offset * training.accumulation + k) * world + rank
             batch = order[position % len(order)]
             last = k == training.accumulation - 1
             with accelerator.no_sync(wrapped) if not last and world > 1 else torch.enable_grad():
-                loss = wrapped(batch)
+                loss = wrapped(batch, calibrator)
                 (loss / training.accumulation).backward()
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
@@ -409,7 +583,7 @@ def train(accelerator, classifier, splits, training, checkpoint):
                 "epoch": round(step / per_epoch, 4),
                 "training_loss": sum(losses) / len(losses),
             }
-            row |= validate(classifier, splits["validation"], accelerator)
+            row |= validate(classifier, splits["validation"], accelerator, fit_platt)
             losses = []
             history.append(row)
             if accelerator.is_main_process:
@@ -524,7 +698,7 @@ def fine_tune(task, model, data, training, output, force=False):
         "chosen_step": best_so_far(history)["step"],
         "chosen_by": "lowest calibrated log-loss on the validation rows",
         "stopped_early": stopped,
-        "settings": asdict(filled),
+        "settings": {"objective": filled.objective, **filled.relevant()},
         "rows": {name: len(rows) for name, rows in splits.items()} | {"held_out": len(held_out)},
         "parameters": parameters,
         "trainable_parameters": trainable,
@@ -546,21 +720,38 @@ def fine_tune(task, model, data, training, output, force=False):
 
 
 def check_training(training):
-    """Raises UserError for a setting out of range."""
+    """Raises UserError for a setting out of range, or one that the objective does not have."""
+    if training.objective not in OBJECTIVES:
+        raise UserError(
+            f"--objective must be one of {', '.join(OBJECTIVES)}, got {training.objective!r}"
+        )
+    for objective, names in OBJECTIVES.items():
+        for name in names:
+            if objective != training.objective and getattr(training, name) != getattr(
+                TrainingSettings, name
+            ):
+                raise UserError(
+                    f"--{name.replace('_', '-')} is of --objective {objective}, not of "
+                    f"{training.objective}; leave one of them out"
+                )
     positive = ("rank", "alpha", "epochs", "evaluations_per_epoch", "patience")
     optional = ("learning_rate", "batch_size", "accumulation")
     for name in positive + optional:
         value = getattr(training, name)
         if not (value is None and name in optional) and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, got {value}")
-    for name in ("dropout", "warmup_fraction"):
+    for name in ("dropout", "warmup_fraction", "label_smoothing"):
         if not 0 <= getattr(training, name) < 1:
             value = getattr(training, name)
             raise UserError(
                 f"--{name.replace('_', '-')} must be at least 0 and below 1, got {value}"
             )
-    if not training.weight_decay >= 0:
-        raise UserError(f"--weight-decay must be at least 0, got {training.weight_decay}")
+    for name in ("weight_decay", "focal_gamma"):
+        value = getattr(training, name)
+        if not 0 <= value < math.inf:
+            raise UserError(
+                f"--{name.replace('_', '-')} must be at least 0 and finite, got {value}"
+            )
     if not 0 <= training.train_seed < 2**31:
         raise UserError(f"--train-seed must lie in [0, 2^31), got {training.train_seed}")
 

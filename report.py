@@ -1,12 +1,14 @@
-"""The numbers of a cache in words: one source for the pipeline's summary and the README's tables.
+"""The numbers of a cache in words: one source for the pipeline's summary and the documents' tables.
 
 Layer 1: reads evaluation_cache/, loads no model and draws nothing. Everything is of test rows.
 """
 
+import re
 import textwrap
 from pathlib import Path
 
 from records import MODEL_FILES, load_results, read_json
+from settings import UserError
 
 METHODS = ("raw", "platt", "isotonic")
 MODEL_TITLES = {"base": "base model", "finetuned": "fine-tuned"}
@@ -57,6 +59,23 @@ def text_table(header: list[str], rows: list[list[str]]) -> str:
         return "  ".join(cells).rstrip()
 
     return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """The first column to the left, the others to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def rewritten(text: str, blocks: dict[str, str], document: str = "README.md") -> str:
+    """`text` with the content of each named marker pair replaced; document: its name in errors."""
+    for name, content in blocks.items():
+        pattern = re.compile(rf"(<!-- measured: {name} -->\n).*?(<!-- /measured -->)", re.DOTALL)
+        kept = content.replace("\\", r"\\")
+        text, n = pattern.subn(rf"\g<1>{kept}\n\g<2>", text)
+        if n != 1:
+            raise UserError(f"{document} has {n} marker pairs named {name!r}, exactly 1 is needed")
+    return text
 
 
 def metrics_by_model(cache_dir: Path) -> dict:

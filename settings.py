@@ -365,6 +365,16 @@ class DataSettings:
     split_seed: int = setting(42, "seed of the division into splits")
 
 
+# What fine-tuning can minimise, each with the settings that it alone reads; docs/OBJECTIVES.md.
+OBJECTIVES = {
+    "cross-entropy": (),
+    "label-smoothing": ("label_smoothing",),
+    "focal": ("focal_gamma",),
+    "brier": (),
+    "multi-task": (),
+}
+
+
 @dataclass(frozen=True)
 class TrainingSettings:
     """LoRA fine-tuning. The defaults suit the embedded model; `for_model` adapts them."""
@@ -392,6 +402,27 @@ class TrainingSettings:
     evaluations_per_epoch: int = setting(4, "validation passes an epoch")
     patience: int = setting(2, "validation passes without improvement before training stops")
     train_seed: int = setting(42, "seed of initialisation, order and dropout")
+    objective: str = setting(
+        "cross-entropy", f"what training minimises: {', '.join(OBJECTIVES)}; docs/OBJECTIVES.md"
+    )
+    label_smoothing: float = setting(  # Szegedy et al. 2016 and Müller et al. 2019 take 0.1
+        0.1, "share of the target that label-smoothing divides among all labels, 0 to 1"
+    )
+    focal_gamma: float = setting(  # the best of Lin et al. 2017
+        2.0, "power of (1 − p) by which focal weights a row; 0 is cross-entropy"
+    )
+
+    def relevant(self):
+        """{name: value} of the settings that the adapter depends on.
+
+        A parameter of another objective is left out, and so is the objective where it is plain
+        cross-entropy: that adapter is the same as before there was a choice.
+        """
+        own = OBJECTIVES.get(self.objective, ())
+        left_out = {name for names in OBJECTIVES.values() for name in names} - set(own)
+        if self.objective == TrainingSettings.objective:
+            left_out.add("objective")
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
     def for_model(self, parameters):
         """These settings with what was left open filled in for a model of so many parameters."""

@@ -9,7 +9,6 @@ on the machine.
 """
 
 import argparse
-import re
 import subprocess
 import sys
 from statistics import mean
@@ -18,9 +17,11 @@ from records import atomic_path, load_results, read_json
 from report import (
     MODEL_TITLES,
     category_accuracy,
+    markdown_table,
     metrics_by_model,
     percent,
     prose,
+    rewritten,
     summary_rows,
     with_interval,
 )
@@ -46,12 +47,6 @@ def results_block():
     lines = [f"| {title} | " + " | ".join(models) + " |", "| --- |" + " ---: |" * len(models)]
     lines += [f"| {name} | " + " | ".join(values) + " |" for name, values in rows]
     return "\n".join(lines)
-
-
-def markdown_table(header, rows):
-    """The first column to the left, the others to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def calibration_block():
@@ -352,16 +347,6 @@ BLOCKS = {
     "cost": cost_block,
     "embedded": embedded_block,
 }
-
-
-def rewritten(text, blocks):
-    """`text` with the content of each named marker pair replaced."""
-    for name, content in blocks.items():
-        pattern = re.compile(rf"(<!-- measured: {name} -->\n).*?(<!-- /measured -->)", re.DOTALL)
-        text, n = pattern.subn(lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text)
-        if n != 1:
-            raise UserError(f"README.md has {n} marker pairs named {name!r}, exactly 1 is needed")
-    return text
 
 
 def main(argv=None):

@@ -15,23 +15,34 @@ import time
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import fine_tune_model
+from calibration import PlattScalingCalibrator
 from conftest import ARCHITECTURES
 from dataset_loader import load_splits
 from fine_tune_model import (
     AnswerBatches,
     Checkpoint,
+    TrainingRow,
     answer_loss,
+    brier_loss,
+    confidence_rows,
     fine_tune,
+    focal_loss,
+    label_logprobs,
+    label_smoothing_loss,
     learning_rate_at,
     training_dtype,
+    training_loss,
 )
 from generate_evaluation_cache import check_adapter
 from logprobs_confidence import PromptEncoder, TransformerLogprobsClassifier
-from records import Example, load_held_out, write_json
+from prompted_confidence import p_true_predictions, p_true_siblings
+from records import Example, label_probabilities, load_held_out, write_json
 from settings import (
+    OBJECTIVES,
     ROOT,
     SENTIMENT,
     DataSettings,
@@ -291,7 +302,7 @@ def test_answer_loss_is_the_mean_of_plain_forward_passes_whatever_the_padding(cl
     encoder = PromptEncoder(classifier.tokenizer, task, max_tokens=256)
     assert (encoder.label_ids is None) == (task is COLLIDING)
     rows = AnswerBatches((encoder,), EXAMPLES, batch_size=8, seed=0).orders[0]
-    assert len({len(ids) for ids, _ in rows}) > 2  # so that there is padding
+    assert len({len(row.prompt) for row in rows}) > 2  # so that there is padding
     expected = plain_loss(classifier.model, encoder, EXAMPLES)
     together = float(answer_loss(classifier.model, rows).detach())
     assert together == pytest.approx(sum(expected) / len(expected), abs=1e-3)
@@ -337,10 +348,10 @@ def test_sharing_the_prompt_leaves_the_gradients_as_they_are(tiny_model_folder, 
 
 
 def test_prompts_with_nothing_in_common_or_all_alike_are_trained_on_too(classifier):
-    ids = classifier.encoder.encode(["Good.", "Bad."])
-    answer = classifier.encoder.label_ids[0][:1]
-    (good, _), (bad, _) = ids
-    for batch in ([(good, answer)], [(good, answer)] * 3, [(good, answer), (bad[1:], answer)]):
+    (first, _), (second, _) = classifier.encoder.encode(["Good.", "Bad."])
+    words = fine_tune_model.trained_words(classifier.encoder)
+    good, bad = (TrainingRow(ids, words, 0, "") for ids in (first, second[1:]))
+    for batch in ([good], [good] * 3, [good, bad]):
         expected = float(answer_loss(classifier.model, batch, share=False).detach())
         assert float(answer_loss(classifier.model, batch).detach()) == pytest.approx(
             expected, abs=1e-5
@@ -374,8 +385,8 @@ def test_a_lettered_row_is_asked_in_an_order_drawn_anew_every_epoch(classifier):
     for epoch in range(3):
         assert batches.epoch(epoch) == again.epoch(epoch)
         letter_of = {}
-        for ids, (token,) in (row for batch in batches.epoch(epoch) for row in batch):
-            prompt, letter = classifier.tokenizer.decode(ids), classifier.tokenizer.decode([token])
+        for row in (row for batch in batches.epoch(epoch) for row in batch):
+            prompt, letter = map(classifier.tokenizer.decode, (row.prompt, row.answer))
             i = int(re.search(r"item (\d+) of", prompt)[1])
             # The answer is the letter at which the prompt itself offers the label of the row.
             assert f"\n{letter}. {rows[i].label.upper()}\n" in prompt
@@ -389,6 +400,21 @@ def test_a_lettered_row_is_asked_in_an_order_drawn_anew_every_epoch(classifier):
     assert 60 < same < 140  # a quarter by chance
     other = AnswerBatches(lettered.encoders, rows, batch_size=16, seed=6)
     assert other.epoch(0) != batches.epoch(0)
+
+
+def test_what_an_adapter_depends_on_is_its_own_objective_and_nothing_for_the_default():
+    def run_print(**training):
+        settings = TrainingSettings(**training)
+        return fine_tune_model.training_fingerprint("data", SENTIMENT, "model", settings)
+
+    assert run_print() == "70e25a6edab3f351"  # that of adapters from before there was a choice
+    assert run_print(focal_gamma=3, label_smoothing=0.2) == run_print()
+    own = {o: run_print(objective=o) for o in OBJECTIVES}
+    assert len(set(own.values())) == len(OBJECTIVES)
+    assert run_print(objective="focal", focal_gamma=3) != own["focal"]
+    assert run_print(objective="focal", label_smoothing=0.2) == own["focal"]
+    assert run_print(objective="label-smoothing", label_smoothing=0.2) != own["label-smoothing"]
+    assert run_print(objective="brier", train_seed=1) != own["brier"]
 
 
 def test_other_wordings_need_no_new_training_and_any_other_change_does(tmp_path):
@@ -419,6 +445,261 @@ def test_the_loss_of_rows_in_several_orders_is_the_mean_of_each_alone(classifier
         return float(answer_loss(classifier.model, rows, classifier.device).detach())
 
     assert loss(batch) == pytest.approx(sum(loss([row]) for row in batch) / 9, abs=1e-4)
+
+
+# Objectives.
+
+
+def softmax(z):
+    return label_probabilities(z)  # float64, numpy
+
+
+def formula(objective, z, labels, true, truth=None):
+    """(loss, gradient to the logits z (V,)) of one row, worked out by hand, in float64.
+
+    labels: (K,) ids of the labels' tokens; true: index of the right one among them; truth: (K,)
+    soft targets in place of it.
+    """
+    p, k = softmax(z), len(labels)
+    wanted = np.zeros(len(z))  # the target distribution over the vocabulary
+    wanted[labels[true]] = 1.0
+    if objective == "label-smoothing":
+        wanted *= 0.9
+        wanted[labels] += 0.1 / k
+    if truth is not None:
+        wanted = np.zeros(len(z))
+        wanted[labels] = truth
+    if objective in ("label-smoothing", "soft"):
+        return -(wanted * np.log(p)).sum(), p - wanted
+    right = p[labels[true]]
+    if objective == "focal":  # dL/dp · dp/dz, gamma = 2
+        slope = 2 * (1 - right) * np.log(right) - (1 - right) ** 2 / right
+        return -((1 - right) ** 2) * np.log(right), slope * right * (wanted - p)
+    among = p[labels] / p[labels].sum()
+    gap = among - wanted[labels]
+    gradient = p.copy()  # of −log of the label mass: p − P
+    gradient[labels] += -among + 2 * among * (gap - (gap * among).sum())
+    return (gap**2).sum() - np.log(p[labels].sum()), gradient
+
+
+@pytest.mark.parametrize("k", [2, 4])
+@pytest.mark.parametrize("objective", ["label-smoothing", "focal", "brier"])
+def test_losses_and_their_gradients_are_those_worked_out_by_hand(objective, k):
+    import torch
+
+    rng = np.random.default_rng(k)
+    row_loss, parameters = {
+        "label-smoothing": (label_smoothing_loss, (0.1,)),
+        "focal": (focal_loss, (2.0,)),
+        "brier": (brier_loss, ()),
+    }[objective]
+    given = rng.normal(scale=3, size=(6, 9))
+    labels = rng.permutation(9)[:k]
+    true = rng.integers(k, size=6)
+    z = torch.tensor(given, requires_grad=True)
+    losses = row_loss(z.log_softmax(-1)[:, labels.tolist()], torch.tensor(true), *parameters)
+    losses.sum().backward()
+    losses = losses.detach()
+    for row in range(6):
+        loss, gradient = formula(objective, given[row], labels, true[row])
+        assert float(losses[row]) == pytest.approx(loss, rel=1e-10)
+        assert z.grad[row].numpy() == pytest.approx(gradient, rel=1e-8, abs=1e-12)
+
+
+def test_without_their_parameter_smoothing_and_focal_are_cross_entropy(classifier):
+    rows = AnswerBatches(classifier.encoders, EXAMPLES, batch_size=8, seed=0).orders[0]
+    plain = float(answer_loss(classifier.model, rows).detach())
+    settings = (
+        TrainingSettings(),
+        TrainingSettings(objective="label-smoothing", label_smoothing=0.0),
+        TrainingSettings(objective="focal", focal_gamma=0.0),
+    )
+    losses = [
+        float(training_loss(s, classifier, True)(classifier.model, rows, None).detach())
+        for s in settings
+    ]
+    assert losses[0] == plain
+    assert losses[1:] == pytest.approx([plain, plain], rel=1e-5)
+
+
+LETTERED = Task(
+    "lettered",
+    "How is it?",
+    (Label("positive", ("good",)), Label("neutral", ("so so",)), Label("negative", ("bad",))),
+    lettered=True,
+)
+ASKED = pytest.mark.parametrize(
+    "task", [SENTIMENT, COLLIDING, LETTERED], ids=["one token", "whole words", "lettered"]
+)
+PLATT = PlattScalingCalibrator().fit(
+    np.array([-3.0, -1.0, 0.5, 2.0, 4.0]), np.array([0, 1, 0, 1, 1]) > 0
+)
+PLATT_3 = PlattScalingCalibrator().fit(
+    np.random.default_rng(0).normal(size=(60, 3)), np.arange(60) % 3
+)
+
+
+def drawn_batch(classifier):
+    (batch,) = AnswerBatches(classifier.encoders, EXAMPLES, batch_size=8, seed=0).epoch(0)
+    return batch
+
+
+def plain_label_logprobs(model, batch):
+    """(B, K) by the definition: every word of every row by itself, unpadded, float64 sums."""
+    import torch
+
+    table = []
+    for row in batch:
+        table.append([])
+        for word in row.words:
+            ids = torch.tensor([row.prompt + list(word)], device=model.device)
+            with torch.no_grad():
+                logprobs = model(input_ids=ids).logits[0].double().log_softmax(-1)
+            places = range(len(row.prompt) - 1, len(row.prompt) - 1 + len(word))
+            table[-1].append(sum(float(logprobs[i, t]) for i, t in zip(places, word, strict=True)))
+    return np.array(table)
+
+
+@ASKED
+@pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o != "cross-entropy"])
+def test_every_objective_is_the_mean_of_what_single_rows_give(classifier, task, objective):
+    asked = classifier.for_task(task)
+    batch, platt = drawn_batch(asked), PLATT_3 if task is LETTERED else PLATT
+    loss_of = training_loss(TrainingSettings(objective=objective), asked, True)
+    with_gradient = loss_of(classifier.model, batch, platt)
+    logprobs = plain_label_logprobs(classifier.model, batch)
+    among = softmax(logprobs)
+    rows = range(len(batch))
+    true = [row.label for row in batch]
+    log_p = logprobs[rows, true]
+    if objective == "label-smoothing":
+        losses = -0.9 * log_p - 0.1 * logprobs.mean(1)
+    if objective == "focal":
+        losses = -((1 - np.exp(log_p)) ** 2) * log_p
+    if objective == "brier":
+        hard = np.eye(len(task.labels))[true]
+        losses = ((among - hard) ** 2).sum(1) - np.log(np.exp(logprobs).sum(1))
+    if objective == "multi-task":
+        margin = logprobs[:, 0] - logprobs[:, 1] if logprobs.shape[1] == 2 else logprobs
+        right = platt.predict_proba(margin)
+        right = np.column_stack([right, 1 - right]) if right.ndim == 1 else right
+        losses = []
+        siblings = p_true_siblings(asked)
+        for i, row in enumerate(batch):
+            answer = int(logprobs[i].argmax())
+            encoder = siblings[task.label_names[answer]].encoder
+            ids = encoder.tokenizer(encoder.prompt(row.text), add_special_tokens=False).input_ids
+            question = TrainingRow(ids, fine_tune_model.trained_words(encoder), 0, row.text)
+            ((yes, no),) = plain_label_logprobs(classifier.model, [question])
+            losses.append(-log_p[i] - right[i][answer] * yes - (1 - right[i][answer]) * no)
+    assert float(with_gradient.detach()) == pytest.approx(np.mean(losses), abs=2e-3, rel=1e-4)
+
+
+def test_soft_targets_are_those_of_platt_scaling_and_know_nothing_of_the_label(classifier):
+    import torch
+
+    siblings = tuple(p_true_siblings(classifier).values())
+    batch = drawn_batch(classifier)
+    logprobs = label_logprobs(classifier.model, batch).detach()
+    rows, targets = confidence_rows(logprobs, batch, siblings, PLATT)
+    slope, intercept = (PLATT.parameters["maps"][0][key] for key in ("slope", "intercept"))
+    for row, question, target, said in zip(batch, rows, targets, logprobs, strict=True):
+        first = 1 / (1 + math.exp(-slope * float(said[0] - said[1]) - intercept))
+        answer = int(said.argmax())
+        assert float(target) == pytest.approx(first if answer == 0 else 1 - first, abs=1e-6)
+        prompt = classifier.tokenizer.decode(question.prompt)
+        assert f"Text: {row.text}" in prompt
+        assert f"Proposed answer: {classifier.task.labels[answer].words[0]}\n" in prompt
+        first_tokens = map(classifier.tokenizer.decode, question.words)
+        assert all(map(str.startswith, ("True", "False"), first_tokens))
+    assert {int(said.argmax()) for said in logprobs} == {0, 1}
+    swapped = [row._replace(label=1 - row.label) for row in batch]
+    again, same = confidence_rows(logprobs, swapped, siblings, PLATT)
+    assert again == rows
+    assert torch.equal(same, targets)
+
+
+@ASKED
+@pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o != "cross-entropy"])
+def test_sharing_the_prompt_leaves_the_gradients_of_every_objective_as_they_are(
+    tiny_model_folder, task, objective
+):
+    import torch
+
+    model = ModelSettings(str(tiny_model_folder("llama")), device="cpu")
+    classifier = TransformerLogprobsClassifier(model, task=task)
+    training = TrainingSettings(
+        rank=4, dropout=0.0, target_modules="all-linear", objective=objective
+    ).for_model(1e6)
+    classifier.model = fine_tune_model.add_adapter(classifier, training)
+    torch.manual_seed(0)
+    trainable = [p for p in classifier.model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in trainable:
+            p.add_(0.1 * torch.randn_like(p))
+    batch, platt = drawn_batch(classifier), PLATT_3 if task is LETTERED else PLATT
+    classifier.model.train()
+    calls = []
+    classifier.model.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def loss_and_gradient(share):
+        classifier.model.zero_grad()
+        calls.clear()
+        loss = training_loss(training, classifier, share)(classifier.model, batch, platt)
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in trainable])
+        return float(loss.detach()), gradient, len(calls)
+
+    plain_loss, plain, n_plain = loss_and_gradient(False)
+    loss, gradient, n_shared = loss_and_gradient(True)
+    assert n_shared == 2 * n_plain == (4 if objective == "multi-task" else 2)
+    assert loss == pytest.approx(plain_loss, rel=1e-5)
+    assert float((gradient - plain).norm() / plain.norm()) < 1e-4
+    assert float(plain.norm()) > 1e-4
+
+
+def test_multi_task_teaches_the_model_to_say_how_often_it_is_right(tmp_path, easy_csv, trained):
+    train(tmp_path, easy_csv, epochs=2, rank=16, objective="multi-task")
+    rows = [e for e in load_splits(DataSettings(data=str(easy_csv)), TASK) if e.split == "test"]
+    gaps, mass = {}, {}
+    for name, folder in (("untaught", trained), ("taught", tmp_path)):
+        adapter = folder / "fine_tuned_sentiment_model"
+        classifier = TransformerLogprobsClassifier(MODEL, adapter, TASK)
+        own = classifier.classify_batch([e.text for e in rows])
+        said = p_true_predictions(p_true_siblings(classifier), [e.text for e in rows], own)
+        right = [p.predicted == e.label for p, e in zip(own, rows, strict=True)]
+        gaps[name] = abs(np.mean([p.confidence for p in said]) - np.mean(right))
+        mass[name] = np.mean([p.label_mass for p in said])
+    assert mass["taught"] > max(0.9, mass["untaught"])
+    assert gaps["taught"] < min(0.25, gaps["untaught"])
+
+
+def test_an_interrupted_multi_task_run_continues_with_the_targets_it_had(
+    tmp_path, tiny_csv, monkeypatch
+):
+    flags = {"objective": "multi-task", "evaluations_per_epoch": 3}
+    train(tmp_path / "whole", tiny_csv, **flags)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after_first_checkpoint(patch)
+        train(tmp_path / "parts", tiny_csv, **flags)
+    assert train(tmp_path / "parts", tiny_csv, **flags) == "trained"
+    expected, got = (adapter_weights(tmp_path / name) for name in ("whole", "parts"))
+    assert all((expected[name] == got[name]).all() for name in expected)
+    metrics = result(tmp_path / "parts", "training_metrics.json")
+    assert metrics["settings"]["objective"] == "multi-task"
+    assert all("validation_platt" in h for h in metrics["history"])
+
+
+@pytest.mark.parametrize("objective", ["label-smoothing", "focal", "brier"])
+def test_every_objective_gives_an_adapter_of_its_own(tmp_path, tiny_csv, reference, objective):
+    assert train(tmp_path, tiny_csv, evaluations_per_epoch=1, objective=objective) == "trained"
+    metrics = result(tmp_path, "training_metrics.json")
+    own = set(OBJECTIVES[objective])
+    others = {name for names in OBJECTIVES.values() for name in names} - own
+    assert metrics["settings"]["objective"] == objective
+    assert own <= set(metrics["settings"]) and not others & set(metrics["settings"])
+    weights, plain = adapter_weights(tmp_path), adapter_weights(reference)
+    assert any((weights[name] != plain[name]).any() for name in plain)
 
 
 def test_only_the_adapter_gets_gradients():
@@ -562,7 +843,14 @@ def test_two_processes_train_as_one_that_accumulates_two_batches(tmp_path, tiny_
         ({"rank": 0}, "--rank must be above 0, got 0"),
         ({"dropout": 1}, "--dropout must be at least 0 and below 1, got 1.0"),
         ({"learning_rate": "nan"}, "--learning-rate must be above 0, got nan"),
-        ({"weight_decay": -1}, "--weight-decay must be at least 0, got -1.0"),
+        ({"weight_decay": -1}, "--weight-decay must be at least 0 and finite, got -1.0"),
+        ({"objective": "mse"}, "--objective must be one of cross-entropy, label-smoothing, focal"),
+        ({"focal_gamma": 3}, "--focal-gamma is of --objective focal, not of cross-entropy"),
+        ({"objective": "brier", "label_smoothing": 0.2}, "is of --objective label-smoothing, not"),
+        ({"objective": "focal", "focal_gamma": -1}, "--focal-gamma must be at least 0 and finite"),
+        ({"objective": "label-smoothing", "label_smoothing": 1}, "at least 0 and below 1, got 1.0"),
+        ({"objective": "multi-task", "learning_rate": 1e30}, "lower --learning-rate"),
+        ({"objective": "focal", "learning_rate": 1e30}, "lower --learning-rate"),
         ({"train_seed": -1}, "--train-seed must lie in [0, 2^31), got -1"),
         ({"train_seed": 2**40}, "--train-seed must lie in [0, 2^31)"),
         ({"target_modules": "q_proj,v_porj"}, "'v_porj', which this model does not have"),

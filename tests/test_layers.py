@@ -43,6 +43,7 @@ LAYERS = {
     "combined_confidence": ENTRY_POINTS,
     "classify_api": ENTRY_POINTS,
     "compare_base_vs_finetuned": ENTRY_POINTS,
+    "compare_objectives": ENTRY_POINTS,
     "logprob_demo_cli": ENTRY_POINTS,
     "sample_size_thresholds": ENTRY_POINTS,
     "train_embedded_model": ENTRY_POINTS,

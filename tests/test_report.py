@@ -11,11 +11,11 @@ from report import (
     few_groups_warnings,
     metrics_by_model,
     percent,
+    rewritten,
     summary_rows,
     with_interval,
 )
 from settings import CACHE_DIR, IMAGES_DIR, UserError
-from update_readme import rewritten
 
 
 def read(path):
