@@ -118,7 +118,7 @@ def test_stages_get_only_what_differs_from_the_defaults(tmp_path):
         "--question=Good?",
         "--model=qwen2.5-0.5b",
     ]
-    assert flags(arguments, TrainingSettings) == []  # 1 epoch is the default
+    assert flags(arguments, TrainingSettings) == ["--epochs=1"]
     assert flags(arguments, EvaluationSettings) == ["--samples=9"]
 
 
