@@ -31,6 +31,7 @@ from serving.answers import (
     ExplainAnswer,
     ExplainQuestion,
     Health,
+    Limits,
     ModelsAnswer,
     Ready,
     RowError,
@@ -192,6 +193,11 @@ def create_app(service, key=None):
             dtype=service.catalogue.base_identity["dtype"],
             device=service.worker.model.classifier.device,
             models=[info_on(model, service.worker.model) for model in found],
+            limits=Limits(
+                text_chars=service.settings.max_text_chars,
+                prompt_tokens=service.catalogue.max_tokens,
+                body_bytes=service.settings.max_body_bytes,
+            ),
         )
 
     @app.get(

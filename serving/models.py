@@ -37,6 +37,7 @@ from logprobs_confidence import (
 )
 from records import MODEL_FILES, read_json
 from serving.problems import Problem
+from serving.settings import length_problem
 from settings import Task, UserError, fingerprint
 
 log = logging.getLogger("howsure")
@@ -235,12 +236,7 @@ class Catalogue:
         """[number of tokens to compute, or why the text cannot be scored] for this model."""
         results = []
         for text in texts:
-            problem = text_problem(text)
-            if problem is None and len(text) > self.settings.max_text_chars:
-                problem = (
-                    f"the text has {len(text)} characters, at most {self.settings.max_text_chars} "
-                    "are allowed"
-                )
+            problem = text_problem(text) or length_problem(text, self.settings.max_text_chars)
             if problem is None:
                 try:
                     results.append(sum(self._tokens(e, text) for e in model.encoders))

@@ -75,6 +75,13 @@ class ServingSettings:
             return False
 
 
+def length_problem(text, max_text_chars):
+    """Why a text is too long for a server with this limit, or None."""
+    if len(text) <= max_text_chars:
+        return None
+    return f"the text has {len(text)} characters, at most {max_text_chars} are allowed"
+
+
 def api_key():
     """The key that requests must carry, or None. Raises UserError for one that cannot be sent."""
     key = os.environ.get(API_KEY_VARIABLE)
