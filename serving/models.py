@@ -281,11 +281,13 @@ def find_calibrator(folder, cache_dir, identity):
             calibrator = load_calibrator(folder / CALIBRATOR_FILE, identity)
         else:
             calibrator, _ = cached_calibrator(cache_dir, identity)
-    except NoCalibrator as reason:
-        return {"calibrator": None, "calibrator_reason": str(reason)}
     except UserError as error:
-        log.warning("no calibrator: %s", error)
-        return {"calibrator": None, "calibrator_reason": str(error)}
+        if not isinstance(error, NoCalibrator):
+            log.warning("no calibrator: %s", error)
+        reason = str(error)
+        for path in filter(None, (folder, Path(cache_dir))):  # where they lie is not for clients
+            reason = reason.replace(str(path), path.name)
+        return {"calibrator": None, "calibrator_reason": reason}
     return {"calibrator": calibrator, "calibrator_reason": None}
 
 
