@@ -321,7 +321,10 @@ class Edge:
         if not (length.isascii() and length.isdigit()) or int(length) > settings.max_body_bytes:
             raise too_large(settings)
         media = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if path in JSON_ADDRESSES and scope["method"] == "POST" and media != "application/json":
+        if path not in JSON_ADDRESSES:
+            return
+        self.service.queue.check_room()  # to be refused here costs the least
+        if scope["method"] == "POST" and media != "application/json":
             raise Problem("unsupported-media-type", "send JSON, as Content-Type: application/json")
 
     def _limited(self, receive):
@@ -350,7 +353,8 @@ class Edge:
     def _record(self, scope, status):
         state, metrics = scope["state"], self.service.metrics
         seconds = time.perf_counter() - state["arrived"]
-        endpoint = getattr(scope.get("route"), "path", "other")
+        known = scope["path"] if scope["path"] in JSON_ADDRESSES else "other"
+        endpoint = getattr(scope.get("route"), "path", known)
         method = scope["method"] if scope["method"] in ("GET", "POST") else "other"
         metrics.requests.labels(endpoint, method, status or "none").inc()
         metrics.request_seconds.labels(endpoint).observe(seconds)

@@ -12,13 +12,15 @@ adapter_model.safetensors, task.json, manifest.json). `calibrator.json` in it, w
 import copy
 import logging
 import re
+import shutil
 import threading
 import time
 from collections import OrderedDict
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from calibration import (
     CALIBRATORS,
@@ -30,6 +32,7 @@ from calibration import (
 from comparison import load_models
 from decisions import automation, enough_groups, score_answers, zone_table
 from logprobs_confidence import (
+    FINGERPRINTED_FILES,
     PromptEncoder,
     mean_prediction,
     text_problem,
@@ -351,6 +354,27 @@ def adapter_holder(model):
     return get_peft_model(model, config, adapter_name="unused")
 
 
+@contextmanager
+def copied_adapter(model):
+    """A folder with the files of a `ServedModel`'s adapter, which nobody writes to meanwhile.
+
+    Weights are mapped into memory, and to shorten a file that is mapped ends the process. Raises
+    UserError if the files are no longer those that the model was found with.
+    """
+    with ExitStack() as until_loaded:
+        try:
+            folder = until_loaded.enter_context(TemporaryDirectory(prefix="howsure_"))
+            for path in (path for kind in FINGERPRINTED_FILES for path in model.folder.glob(kind)):
+                shutil.copy(path, folder)
+        except OSError as error:
+            raise UserError(
+                f"its files cannot be read now ({error.strerror}); ask again"
+            ) from error
+        if weights_fingerprint(folder) != model.key:
+            raise UserError("its files changed while they were read; ask again")
+        yield folder
+
+
 class Row(list):
     """Token ids of a prompt; `adapter` is the key of the adapter that answers it, or None."""
 
@@ -419,13 +443,11 @@ class SharedModel:
 
         if self._holder is None:
             self._holder = adapter_holder(self.engine.model)
-        folder = str(model.folder)
         try:
-            self._holder.load_adapter(folder, model.key)
+            with copied_adapter(model) as folder:
+                self._holder.load_adapter(folder, model.key)
             self.engine.model.eval()
             self._tell_layers()
-            if weights_fingerprint(folder) != model.key:
-                raise UserError("its files changed while they were read; ask again")
             (probe,) = self._score(model.task, [(model.key, "Good.")])
             if probe.error is not None:
                 raise UserError(probe.error)

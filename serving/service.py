@@ -101,7 +101,7 @@ class Service:
         if self.settings.log == "texts":
             log.info("%s texts for %s: %s", request.state.request_id, ascii(name), ascii(texts))
         self.check_started()
-        self.queue.check_room(1)
+        self.queue.check_room()
         model, encoded = await self.in_front(self._prepare, name, texts)
         good = [i for i, tokens in enumerate(encoded) if isinstance(tokens, int)]
         if not good:
