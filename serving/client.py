@@ -18,6 +18,7 @@ from serving.settings import API_KEY_VARIABLE, length_problem
 from settings import UserError
 
 CONNECT_SEC, ANSWER_SEC = 10.0, 300.0
+MOST_TEXTS_AT_ONCE = 64  # so that the texts of others find room between
 PATIENCE_SEC = 600.0  # of being refused, until a request is given up
 # To ask twice does no harm, so a connection that was closed is opened again; nothing else is.
 RETRIES = urllib3.Retry(
@@ -97,10 +98,11 @@ class RemoteModel:
     def _portions(self, texts):
         """Yields the texts in lists that a request may have."""
         most, envelope = self.limits["body_bytes"], 2 * len(self.name) + 200
+        most_texts = min(self.limits["texts"], MOST_TEXTS_AT_ONCE)
         portion, size = [], envelope
         for text in texts:
             own = len(json.dumps(text)) + len(", ")
-            if portion and (len(portion) == self.limits["texts"] or size + own > most):
+            if portion and (len(portion) == most_texts or size + own > most):
                 yield portion
                 portion, size = [], envelope
             portion.append(text)

@@ -50,6 +50,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "task.json", "manifest.json")
 CALIBRATOR_FILE = "calibrator.json"
 BASE_ROWS = "__base__"  # PEFT's name of no adapter in a mixed batch
+LEAST_TOKENS = 512  # of a batch: with fewer a text takes longer on a CPU
 LOOK_AGAIN_SEC = 1.0  # between two looks at the folders
 RETRAIN = "run: python fine_tune_model.py --force-retrain"
 # What reading a folder may raise that is damaged, or that is being written or removed meanwhile.
@@ -414,8 +415,9 @@ class SharedModel:
 
     @property
     def go_tokens(self):
-        """Tokens that are scored at once: a batch for every worker of the engine."""
-        return self.engine.budget * self.engine.workers
+        """Tokens that are scored at once: what a batch may have, in parts for the workers of the
+        engine that are still large enough to be scored fast. More would only be waited for longer."""
+        return max(self.engine.budget, LEAST_TOKENS * self.engine.workers)
 
     # --------------------------------------------------------------------------------- adapters
 

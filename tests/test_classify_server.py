@@ -18,8 +18,9 @@ from api_server import ServerProcess, write_adapter, write_evaluation
 from classify_cli import COLUMNS, Unfinished, local_scorer, main
 from logprobs_confidence import TransformerLogprobsClassifier
 from serving.answers import Answer, LabelProbability
+from serving.client import MOST_TEXTS_AT_ONCE
 from serving.problems import KINDS, PROBLEM_JSON, TYPE_PREFIX
-from serving.settings import API_KEY_VARIABLE, MOST_TEXTS
+from serving.settings import API_KEY_VARIABLE
 from settings import ROOT
 from test_layers import PROBE
 
@@ -175,7 +176,7 @@ def test_nothing_heavy_is_loaded(server):
 
 def test_more_texts_than_a_request_may_have_are_all_answered(ask, tmp_path, capsys):
     texts = [
-        f"Film number {i} was {'good' if i % 3 else 'bad'}." for i in range(2 * MOST_TEXTS + 9)
+        f"Film {i} was {'good' if i % 3 else 'bad'}." for i in range(2 * MOST_TEXTS_AT_ONCE + 9)
     ]
     path, made = write_rows(tmp_path / "a.csv", texts), tmp_path / "b.csv"
     assert ask("--file", path, "--output", made) == 0
@@ -303,7 +304,7 @@ MODELS = {
             "calibrator_reason": "there is none",
         }
     ],
-    "limits": {"texts": 256, "text_chars": 100, "prompt_tokens": 512, "body_bytes": 2000},
+    "limits": {"texts": 256, "text_chars": 100, "prompt_tokens": 512, "body_bytes": 1000},
 }
 
 
@@ -404,7 +405,7 @@ def test_the_time_that_the_server_asks_for_is_waited(tmp_path):
 def test_a_request_keeps_to_the_largest_body(tmp_path, monkeypatch):
     with scripted(lambda texts: None) as (url, sizes):
         assert file_through(url, tmp_path, n=1000) == 0
-    assert sum(sizes) == 1000 and max(sizes) < MOST_TEXTS  # 2,000 bytes
+    assert sum(sizes) == 1000 and max(sizes) < MOST_TEXTS_AT_ONCE  # 1,000 bytes
 
 
 def test_a_connection_that_was_closed_is_opened_again(tmp_path):
