@@ -14,10 +14,12 @@ object. Exit codes: 0 all is kept, 1 something is not, 2 bad usage.
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -51,7 +53,7 @@ class Server:
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
-            env=os.environ,
+            start_new_session=True,  # so that its children can be stopped with it
         )
         self.port, self.lines = None, []
         threading.Thread(target=self._read, daemon=True).start()
@@ -94,14 +96,12 @@ class Server:
         return total
 
     def stop(self):
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(60)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        return self.process.returncode
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(60)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # litserve leaves its workers behind
+        self.process.wait()
 
 
 def classify_api(*arguments):

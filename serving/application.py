@@ -323,7 +323,7 @@ class Edge:
         media = headers.get("content-type", "").partition(";")[0].strip().lower()
         if path not in JSON_ADDRESSES:
             return
-        self.service.queue.check_room()  # to be refused here costs the least
+        self.service.check_room()  # to be refused here costs the least
         if scope["method"] == "POST" and media != "application/json":
             raise Problem("unsupported-media-type", "send JSON, as Content-Type: application/json")
 

@@ -415,9 +415,10 @@ class SharedModel:
 
     @property
     def go_tokens(self):
-        """Tokens that are scored at once: what a batch may have, in parts for the workers of the
-        engine that are still large enough to be scored fast. More would only be waited for longer."""
-        return max(self.engine.budget, LEAST_TOKENS * self.engine.workers)
+        """Tokens that are scored at once: what a batch may have, and enough for every worker of the
+        engine. More would be no faster, only waited for longer."""
+        budget = self.engine.budget
+        return max(budget, min(budget, LEAST_TOKENS) * self.engine.workers)
 
     # --------------------------------------------------------------------------------- adapters
 

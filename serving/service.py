@@ -84,6 +84,11 @@ class Service:
             detail = "ask again later" if failed is None else f"it cannot be loaded: {failed}"
             raise Problem("starting", detail, retry_after_sec=5)
 
+    def check_room(self):
+        """Raises Problem unless a question would be taken now."""
+        self.check_started()
+        self.queue.check_room()
+
     async def in_front(self, call, *arguments):
         """The result of a call in the thread of the `Catalogue`."""
         self.check_started()
@@ -105,8 +110,7 @@ class Service:
         deadline = time.monotonic() + self.settings.deadline_sec
         if self.settings.log == "texts":
             log.info("%s texts for %s: %s", request.state.request_id, ascii(name), ascii(texts))
-        self.check_started()
-        self.queue.check_room()
+        self.check_room()
         model, encoded = await self.in_front(self._prepare, name, texts)
         good = [i for i, tokens in enumerate(encoded) if isinstance(tokens, int)]
         if not good:
