@@ -304,7 +304,7 @@ MODELS = {
             "calibrator_reason": "there is none",
         }
     ],
-    "limits": {"texts": 256, "text_chars": 100, "prompt_tokens": 512, "body_bytes": 1000},
+    "limits": {"texts": 256, "text_chars": 100, "prompt_tokens": 512, "body_bytes": 600},
 }
 
 
@@ -405,7 +405,7 @@ def test_the_time_that_the_server_asks_for_is_waited(tmp_path):
 def test_a_request_keeps_to_the_largest_body(tmp_path, monkeypatch):
     with scripted(lambda texts: None) as (url, sizes):
         assert file_through(url, tmp_path, n=1000) == 0
-    assert sum(sizes) == 1000 and max(sizes) < MOST_TEXTS_AT_ONCE  # 1,000 bytes
+    assert sum(sizes) == 1000 and max(sizes) < MOST_TEXTS_AT_ONCE  # 600 bytes
 
 
 def test_a_connection_that_was_closed_is_opened_again(tmp_path):
