@@ -231,9 +231,9 @@ def test_a_full_queue_is_waited_for(folder, tmp_path):
                 while not stop.is_set():
                     response = client.post("/classify/batch", json={"texts": [TEXTS[0]] * 20})
                     refused.append(response.status_code == 503)
-                    time.sleep(0.1)
+                    time.sleep(0.2)
 
-        others = [threading.Thread(target=other) for _ in range(4)]
+        others = [threading.Thread(target=other) for _ in range(2)]
         for thread in others:
             thread.start()
         result = run(f"--file={path}", f"--output={tmp_path / 'b.csv'}", f"--server={busy.url}")
