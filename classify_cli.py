@@ -4,6 +4,7 @@
     python classify_cli.py --file reviews.csv --text-column review --output scored.csv
     python classify_cli.py --file posts.jsonl.gz --output scored.jsonl --task toxicity
     python classify_cli.py --file reviews.parquet --output scored.parquet --model finetuned
+    python classify_cli.py --server http://127.0.0.1:8000 --file reviews.csv --output scored.csv
 
 A file may be CSV, TSV, JSONL or text with a text on every line, each also as .gz, or Parquet, and
 larger than memory. The output has its format (that of a text file is CSV), its columns and these:
@@ -20,6 +21,8 @@ The calibrator is the one that generate_evaluation_cache.py chose for exactly th
 question and dtype; where there is none, the output says so and stays uncalibrated. The output
 appears as a whole. Until then its rows are in a hidden file beside it, and after an interruption,
 of whatever kind, the same command continues after the last finished chunk.
+With --server a running classify_api.py answers, with its models and their calibrators, and nothing
+is loaded here; its key, if it has one, is taken from HOWSURE_API_KEY.
 Exit codes: 0 done, 1 failed or no row could be scored, 2 bad usage.
 """
 
@@ -33,14 +36,15 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from logprobs_confidence import load_classifier
+from logprobs_confidence import load_classifier, text_problem
 from records import LOW_LABEL_MASS
 from settings import (
     ModelSettings,
@@ -71,6 +75,7 @@ COLUMNS = {  # of an answer, with their types in a Parquet file
     "truncated": "bool",
     "error": "string",
 }
+STANDARD_INPUT = "-"  # as a TEXT
 TEXT_FORMATS = ("csv", "tsv", "jsonl", "json", "txt")
 CHUNK_ROWS = 1000  # default of --chunk-rows
 CHUNK_CHARACTERS = 4_000_000  # a chunk of long rows ends here
@@ -82,42 +87,109 @@ NO_FILE = "give the path of an existing file with --file"
 # ---------------------------------------------------------------------------------------- scoring
 
 
-def local_scorer(classifier, calibrator):
-    """The function that turns a list of texts into answers, one dict of COLUMNS a text.
+@dataclass(frozen=True)
+class Scorer:
+    """What turns texts into answers.
 
-    calibrator: of exactly this classifier, or None. What is no text gives an answer with `error`.
+    score(texts): a list with one dict of COLUMNS a text; what is no text has an `error`. depends:
+    what the answers depend on, for a run that continues. calibrator: its name, fitted on so many
+    `rows`; or None and `reason` says why there is none.
     """
-    from calibration import calibrated_probabilities
-    from decisions import ZONES, zone_of
 
-    names = classifier.task.label_names
+    score: Callable
+    depends: dict
+    calibrator: str | None
+    rows: int | None
+    reason: str | None
+
+
+def local_scorer(classifier, calibrator, reason=None):
+    """The `Scorer` of a classifier. calibrator: of exactly this classifier, or None."""
+    from calibration import calibrated_probabilities
+
+    names, identity = classifier.task.label_names, classifier.identity
 
     def score(texts):
         predictions = classifier.classify_batch(texts)
-        answers = []
-        for text, p in zip(texts, predictions, strict=True):
-            error = "there is no text" if text is None else p.error
-            answer = dict.fromkeys(COLUMNS) | {"error": error}
-            if error is None:
-                answer |= {
-                    "predicted": p.predicted,
-                    "confidence": rounded(p.confidence),
-                    "label_mass": rounded(p.label_mass),
-                    "truncated": p.truncated,
-                }
-            answers.append(answer)
+        answers = [
+            failed_answer(text, p.error)
+            if p.error is not None
+            else answer_of(p.predicted, p.confidence, p.label_mass, p.truncated)
+            for text, p in zip(texts, predictions, strict=True)
+        ]
         scored = [i for i, answer in enumerate(answers) if answer["error"] is None]
         if calibrator is None or not scored:
             return answers
         rows = {"label_logprobs": np.array([predictions[i].label_logprobs for i in scored])}
         label = [names.index(answers[i]["predicted"]) for i in scored]
         chance = calibrated_probabilities(calibrator, rows)[np.arange(len(label)), label]
-        for i, mine, zone in zip(scored, chance, zone_of(chance), strict=True):
-            _, name, action = ZONES[zone]
-            answers[i] |= {"calibrated_confidence": rounded(mine), "zone": name, "action": action}
+        for i, mine in zip(scored, chance, strict=True):
+            answers[i] |= calibrated_answer(mine)
         return answers
 
-    return score
+    depends = {
+        "model, adapter or question": identity["fingerprint"],
+        "longest prompt": classifier.encoder.max_tokens,
+        "longest text": None,
+        "calibrator": calibrator and fingerprint(calibrator.to_json()),
+    }
+    name, rows = (None, None) if calibrator is None else (calibrator.name, calibrator.n_rows)
+    return Scorer(score, depends, name, rows, reason)
+
+
+def server_scorer(model):
+    """The `Scorer` of a `serving.client.RemoteModel`."""
+
+    def answer_of_server(found):
+        p, mass = found["raw_probability"], found["label_mass"]
+        answer = answer_of(found["label"], p * mass, mass, found["truncated"])
+        if found["calibrated_probability"] is not None:
+            answer |= calibrated_answer(found["calibrated_probability"])
+        return answer
+
+    def score(texts):
+        answers = [failed_answer(text, text_problem(text)) for text in texts]
+        good = [i for i, answer in enumerate(answers) if answer["error"] is None]
+        for i, found in zip(good, model.classify([texts[i] for i in good]), strict=True):
+            failed = "error" in found
+            answers[i] = (
+                failed_answer(texts[i], found["error"]) if failed else answer_of_server(found)
+            )
+        return answers
+
+    info, limits = model.info, model.limits
+    depends = {
+        "model, adapter or question": info["model_fingerprint"],
+        "longest prompt": limits["prompt_tokens"],
+        "longest text": limits["text_chars"],
+        "calibrator": model.calibrator_fingerprint,
+    }
+    calibrator = info["calibrator"] or {"name": None, "rows": None}
+    reason = info["calibrator_reason"]
+    return Scorer(score, depends, calibrator["name"], calibrator["rows"], reason)
+
+
+def answer_of(predicted, confidence, label_mass, truncated):
+    """An answer that is not calibrated."""
+    return dict.fromkeys(COLUMNS) | {
+        "predicted": predicted,
+        "confidence": rounded(confidence),
+        "label_mass": rounded(label_mass),
+        "truncated": truncated,
+    }
+
+
+def failed_answer(text, error):
+    """The answer to a text that cannot be scored."""
+    return dict.fromkeys(COLUMNS) | {"error": "there is no text" if text is None else error}
+
+
+def calibrated_answer(chance):
+    """The part of an answer that its calibrated confidence adds."""
+    from decisions import ZONES, zone_of
+
+    _, zone, action = ZONES[int(zone_of(np.array([chance]))[0])]
+    return {"calibrated_confidence": rounded(chance), "zone": zone, "action": action}
 
 
 def cell(value):
@@ -553,7 +625,12 @@ def parse_arguments(argv):
         description=__doc__.splitlines()[0],
         epilog="Exit codes: 0 done, 1 failed or no row could be scored, 2 bad usage.",
     )
-    parser.add_argument("text", nargs="?", metavar="TEXT", help="one text to classify")
+    parser.add_argument(
+        "text",
+        nargs="?",
+        metavar="TEXT",
+        help="one text to classify; - reads it, as a whole, from the standard input",
+    )
     parser.add_argument(
         "--file", type=Path, help=".csv, .tsv, .jsonl, .txt, each also as .gz, or .parquet"
     )
@@ -571,6 +648,12 @@ def parse_arguments(argv):
         help="rows that are scored and then saved together; fewer for a slow model "
         f"(default: {CHUNK_ROWS})",
     )
+    parser.add_argument(
+        "--server",
+        metavar="URL",
+        help="ask the classify_api.py that runs there and load nothing here; --model is then base, "
+        "finetuned or the name of an adapter of that server",
+    )
     add_classifier_arguments(parser)
     add_arguments(parser, ModelSettings, leave_out=("model",))
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -587,42 +670,54 @@ def parse_arguments(argv):
         parser.error("--file needs --output, the file of the answers")
     elif arguments.file.resolve() == arguments.output.resolve():
         parser.error("--output must be another file than --file")
+    if arguments.server is not None:
+        own = ("adapter", "task", "cache_dir", *(f.name for f in fields(ModelSettings)))
+        for name in own:
+            if name != "model" and getattr(arguments, name) != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} is for a model here, not for a --server")
     return arguments
 
 
 def load_scorer(arguments):
-    """(score, what its answers depend on, calibrator or None, why there is none). UserError."""
+    """The `Scorer` that was asked for; stderr says so if it has no calibrator. UserError."""
+    if arguments.server is not None:
+        from serving.client import RemoteModel
+        from serving.settings import api_key
+
+        model = RemoteModel(arguments.server, arguments.model or "base", api_key())
+        scorer = server_scorer(model)
+    else:
+        scorer = load_local_scorer(arguments)
+    if scorer.reason is not None:
+        print(f"no calibrated confidence: {scorer.reason}", file=sys.stderr)
+    return scorer
+
+
+def load_local_scorer(arguments):
+    """The `Scorer` of the model that is loaded here. Raises UserError."""
     from calibration import NoCalibrator, cached_calibrator
 
     task = None if arguments.task is None else read_task(arguments.task)
     model = arguments.model or ("finetuned" if arguments.adapter else "base")
     settings = replace(from_arguments(ModelSettings, arguments), model=model)
     classifier = load_classifier(settings, arguments.adapter, task)
-    identity = classifier.identity
-    calibrator, reason = None, None
     try:
-        calibrator, _ = cached_calibrator(arguments.cache_dir, identity)
+        calibrator, _ = cached_calibrator(arguments.cache_dir, classifier.identity)
     except NoCalibrator as missing:
-        reason = str(missing)
-        print(f"no calibrated confidence: {reason}", file=sys.stderr)
-    depends = {
-        "model, adapter or question": identity["fingerprint"],
-        "longest prompt": classifier.encoder.max_tokens,
-        "calibrator": calibrator and fingerprint(calibrator.to_json()),
-    }
-    return local_scorer(classifier, calibrator), depends, calibrator, reason
+        return local_scorer(classifier, None, str(missing))
+    return local_scorer(classifier, calibrator)
 
 
-def answer_lines(answer, calibrator):
+def answer_lines(answer, scorer):
     """One answer for people."""
     lines = [
         answer["predicted"],
         f"  confidence             {answer['confidence']:.4f}  what the model says",
     ]
-    if calibrator is not None:
+    if scorer.calibrator is not None:
         lines += [
             f"  calibrated confidence  {answer['calibrated_confidence']:.4f}  how often that is "
-            f"right ({calibrator.name}, {calibrator.n_rows:,} texts)",
+            f"right ({scorer.calibrator}, {scorer.rows:,} texts)",
             f"  zone                   {answer['zone']}: {answer['action']}",
         ]
     lines.append(f"  label mass             {answer['label_mass']:.4f}")
@@ -633,14 +728,14 @@ def answer_lines(answer, calibrator):
     return lines
 
 
-def summary(output, counts, calibrator, reason):
+def summary(output, counts, scorer):
     """What became of a file, ready for JSON."""
     return {
         "output": str(output),
         "rows": counts.scored + counts.failed,
         **vars(counts),
-        "calibrator": calibrator and calibrator.name,
-        "no_calibrator_because": reason,
+        "calibrator": scorer.calibrator,
+        "no_calibrator_because": scorer.reason,
     }
 
 
@@ -664,16 +759,27 @@ def summary_lines(output, counts):
     return lines
 
 
+def given_text(arguments):
+    """The text of the command line, or of the standard input. Raises UserError."""
+    if arguments.text != STANDARD_INPUT:
+        return arguments.text
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the standard input is not UTF-8 ({error}); convert it first") from error
+
+
 def run_text(arguments):
     """Classify one text. Raises UserError."""
-    score, _, calibrator, reason = load_scorer(arguments)
-    (answer,) = score([arguments.text])
+    text = given_text(arguments)
+    scorer = load_scorer(arguments)
+    (answer,) = scorer.score([text])
     if answer["error"] is not None:
         raise UserError(answer["error"])
     if arguments.json:
-        print(json.dumps(answer | {"no_calibrator_because": reason}))
+        print(json.dumps(answer | {"no_calibrator_because": scorer.reason}))
     else:
-        print("\n".join(answer_lines(answer, calibrator)))
+        print("\n".join(answer_lines(answer, scorer)))
 
 
 def run_file(arguments):
@@ -690,19 +796,19 @@ def run_file(arguments):
             names,
             arguments.chunk_rows or CHUNK_ROWS,
         )
-        score, depends, calibrator, reason = load_scorer(arguments)
+        scorer = load_scorer(arguments)
         settings = {
             "version": JOURNAL_VERSION,
             "input file": table.digest,
             "text column": table.text_column,
             "prefix": prefix,
             "rows of a chunk": table.chunk_rows,
-            **depends,
+            **scorer.depends,
         }
-        classify_file(table, score, settings, unfinished)
+        classify_file(table, scorer.score, settings, unfinished)
     counts = unfinished.counts
     if arguments.json:
-        print(json.dumps(summary(arguments.output, counts, calibrator, reason)))
+        print(json.dumps(summary(arguments.output, counts, scorer)))
     else:
         print("\n".join(summary_lines(arguments.output, counts)))
     if not counts.scored:

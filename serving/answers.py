@@ -242,6 +242,15 @@ class ZoneInfo(BaseModel):
     action: Literal["automate", "review", "manual"]
 
 
+class Limits(BaseModel):
+    """What a request may have."""
+
+    texts: int = Field(MOST_TEXTS, description="texts of a batch")
+    text_chars: int = Field(description="characters of a text; a longer one is refused")
+    prompt_tokens: int = Field(description="tokens of a prompt; a longer text loses its middle")
+    body_bytes: int
+
+
 class ModelsAnswer(BaseModel):
     """All models, the base model first."""
 
@@ -249,6 +258,7 @@ class ModelsAnswer(BaseModel):
     dtype: str
     device: str
     models: list[ModelInfo]
+    limits: Limits
     zones: list[ZoneInfo] = Field(
         default=[ZoneInfo(low=low, name=name, action=action) for low, name, action in ZONES],
         description="what to do with an answer, from the highest confidence down",
@@ -348,7 +358,12 @@ def explanation_of(model, explanation, samples, seed, latency_sec):
 
 
 def percent(share):
-    return f"{100 * share:.4g} %"
+    """A share for people, as the page writes it; only exactly 1 is 100 %."""
+    if 0 < share < 0.001:
+        return "under 0.1 %"
+    if 0.999 < share < 1:
+        return "over 99.9 %"
+    return f"{100 * share:.1f}".removesuffix(".0") + " %"
 
 
 def decision_on(model, prediction, promise, latency_sec):

@@ -31,6 +31,7 @@ from serving.answers import (
     ExplainAnswer,
     ExplainQuestion,
     Health,
+    Limits,
     ModelsAnswer,
     Ready,
     RowError,
@@ -192,6 +193,11 @@ def create_app(service, key=None):
             dtype=service.catalogue.base_identity["dtype"],
             device=service.worker.model.classifier.device,
             models=[info_on(model, service.worker.model) for model in found],
+            limits=Limits(
+                text_chars=service.settings.max_text_chars,
+                prompt_tokens=service.catalogue.max_tokens,
+                body_bytes=service.settings.max_body_bytes,
+            ),
         )
 
     @app.get(
@@ -315,7 +321,10 @@ class Edge:
         if not (length.isascii() and length.isdigit()) or int(length) > settings.max_body_bytes:
             raise too_large(settings)
         media = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if path in JSON_ADDRESSES and scope["method"] == "POST" and media != "application/json":
+        if path not in JSON_ADDRESSES:
+            return
+        self.service.check_room()  # to be refused here costs the least
+        if scope["method"] == "POST" and media != "application/json":
             raise Problem("unsupported-media-type", "send JSON, as Content-Type: application/json")
 
     def _limited(self, receive):
@@ -344,7 +353,8 @@ class Edge:
     def _record(self, scope, status):
         state, metrics = scope["state"], self.service.metrics
         seconds = time.perf_counter() - state["arrived"]
-        endpoint = getattr(scope.get("route"), "path", "other")
+        known = scope["path"] if scope["path"] in JSON_ADDRESSES else "other"
+        endpoint = getattr(scope.get("route"), "path", known)
         method = scope["method"] if scope["method"] in ("GET", "POST") else "other"
         metrics.requests.labels(endpoint, method, status or "none").inc()
         metrics.request_seconds.labels(endpoint).observe(seconds)

@@ -12,13 +12,15 @@ adapter_model.safetensors, task.json, manifest.json). `calibrator.json` in it, w
 import copy
 import logging
 import re
+import shutil
 import threading
 import time
 from collections import OrderedDict
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from calibration import (
     CALIBRATORS,
@@ -30,6 +32,7 @@ from calibration import (
 from comparison import load_models
 from decisions import automation, enough_groups, score_answers, zone_table
 from logprobs_confidence import (
+    FINGERPRINTED_FILES,
     PromptEncoder,
     mean_prediction,
     text_problem,
@@ -37,6 +40,7 @@ from logprobs_confidence import (
 )
 from records import MODEL_FILES, read_json
 from serving.problems import Problem
+from serving.settings import length_problem
 from settings import Task, UserError, fingerprint
 
 log = logging.getLogger("howsure")
@@ -46,6 +50,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "task.json", "manifest.json")
 CALIBRATOR_FILE = "calibrator.json"
 BASE_ROWS = "__base__"  # PEFT's name of no adapter in a mixed batch
+LEAST_TOKENS = 512  # of a batch: with fewer a text takes longer on a CPU
 LOOK_AGAIN_SEC = 1.0  # between two looks at the folders
 RETRAIN = "run: python fine_tune_model.py --force-retrain"
 # What reading a folder may raise that is damaged, or that is being written or removed meanwhile.
@@ -235,12 +240,7 @@ class Catalogue:
         """[number of tokens to compute, or why the text cannot be scored] for this model."""
         results = []
         for text in texts:
-            problem = text_problem(text)
-            if problem is None and len(text) > self.settings.max_text_chars:
-                problem = (
-                    f"the text has {len(text)} characters, at most {self.settings.max_text_chars} "
-                    "are allowed"
-                )
+            problem = text_problem(text) or length_problem(text, self.settings.max_text_chars)
             if problem is None:
                 try:
                     results.append(sum(self._tokens(e, text) for e in model.encoders))
@@ -285,11 +285,13 @@ def find_calibrator(folder, cache_dir, identity):
             calibrator = load_calibrator(folder / CALIBRATOR_FILE, identity)
         else:
             calibrator, _ = cached_calibrator(cache_dir, identity)
-    except NoCalibrator as reason:
-        return {"calibrator": None, "calibrator_reason": str(reason)}
     except UserError as error:
-        log.warning("no calibrator: %s", error)
-        return {"calibrator": None, "calibrator_reason": str(error)}
+        if not isinstance(error, NoCalibrator):
+            log.warning("no calibrator: %s", error)
+        reason = str(error)
+        for path in filter(None, (folder, Path(cache_dir))):  # where they lie is not for clients
+            reason = reason.replace(str(path), path.name)
+        return {"calibrator": None, "calibrator_reason": reason}
     return {"calibrator": calibrator, "calibrator_reason": None}
 
 
@@ -353,6 +355,27 @@ def adapter_holder(model):
     return get_peft_model(model, config, adapter_name="unused")
 
 
+@contextmanager
+def copied_adapter(model):
+    """A folder with the files of a `ServedModel`'s adapter, which nobody writes to meanwhile.
+
+    Weights are mapped into memory, and to shorten a file that is mapped ends the process. Raises
+    UserError if the files are no longer those that the model was found with.
+    """
+    with ExitStack() as until_loaded:
+        try:
+            folder = until_loaded.enter_context(TemporaryDirectory(prefix="howsure_"))
+            for path in (path for kind in FINGERPRINTED_FILES for path in model.folder.glob(kind)):
+                shutil.copy(path, folder)
+        except OSError as error:
+            raise UserError(
+                f"its files cannot be read now ({error.strerror}); ask again"
+            ) from error
+        if weights_fingerprint(folder) != model.key:
+            raise UserError("its files changed while they were read; ask again")
+        yield folder
+
+
 class Row(list):
     """Token ids of a prompt; `adapter` is the key of the adapter that answers it, or None."""
 
@@ -392,8 +415,10 @@ class SharedModel:
 
     @property
     def go_tokens(self):
-        """Tokens that are scored at once: a batch for every worker of the engine."""
-        return self.engine.budget * self.engine.workers
+        """Tokens that are scored at once: what a batch may have, and enough for every worker of the
+        engine. More would be no faster, only waited for longer."""
+        budget = self.engine.budget
+        return max(budget, min(budget, LEAST_TOKENS) * self.engine.workers)
 
     # --------------------------------------------------------------------------------- adapters
 
@@ -421,13 +446,11 @@ class SharedModel:
 
         if self._holder is None:
             self._holder = adapter_holder(self.engine.model)
-        folder = str(model.folder)
         try:
-            self._holder.load_adapter(folder, model.key)
+            with copied_adapter(model) as folder:
+                self._holder.load_adapter(folder, model.key)
             self.engine.model.eval()
             self._tell_layers()
-            if weights_fingerprint(folder) != model.key:
-                raise UserError("its files changed while they were read; ask again")
             (probe,) = self._score(model.task, [(model.key, "Good.")])
             if probe.error is not None:
                 raise UserError(probe.error)

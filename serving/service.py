@@ -6,6 +6,7 @@ HTTP, JSON     names, tokens    bounded   weights
 
 import asyncio
 import logging
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,6 +17,8 @@ from serving.worker import Job, ModelWorker, TokenQueue
 from settings import UserError
 
 log = logging.getLogger("howsure")
+
+GOES_THAT_WAIT = 2  # that fill the queue, unless it was said how many tokens do
 
 
 class Service:
@@ -31,7 +34,7 @@ class Service:
         self.status = "starting"
         self.accepted = self.answered = 0
         self.catalogue = None
-        self.queue = TokenQueue(settings.queue_tokens)
+        self.queue = TokenQueue(settings.queue_tokens or math.inf)  # `_load` knows better
         self.metrics = Metrics(self.queue, lambda: len(self.loaded_adapters))
         self.front = ThreadPoolExecutor(1, thread_name_prefix="front")
         self.worker = ModelWorker(self._load, self.queue, self.metrics.observe_batch, on_failure)
@@ -48,6 +51,8 @@ class Service:
         classifier = TransformerLogprobsClassifier(self.model_settings, task=self.task)
         model = SharedModel(classifier, self.settings.max_adapters)
         model.check_itself()
+        if self.settings.queue_tokens is None:
+            self.queue.max_tokens = GOES_THAT_WAIT * model.go_tokens
         catalogue = Catalogue(classifier, self.settings)
         served = [m.name for m in catalogue.all()]
         self.catalogue = catalogue
@@ -79,6 +84,11 @@ class Service:
             detail = "ask again later" if failed is None else f"it cannot be loaded: {failed}"
             raise Problem("starting", detail, retry_after_sec=5)
 
+    def check_room(self):
+        """Raises Problem unless a question would be taken now."""
+        self.check_started()
+        self.queue.check_room()
+
     async def in_front(self, call, *arguments):
         """The result of a call in the thread of the `Catalogue`."""
         self.check_started()
@@ -100,8 +110,7 @@ class Service:
         deadline = time.monotonic() + self.settings.deadline_sec
         if self.settings.log == "texts":
             log.info("%s texts for %s: %s", request.state.request_id, ascii(name), ascii(texts))
-        self.check_started()
-        self.queue.check_room(1)
+        self.check_room()
         model, encoded = await self.in_front(self._prepare, name, texts)
         good = [i for i, tokens in enumerate(encoded) if isinstance(tokens, int)]
         if not good:

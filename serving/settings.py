@@ -30,7 +30,11 @@ class ServingSettings:
         str(ROOT / "adapters"), "folder of further adapters: each folder in it is one, by its name"
     )
     max_adapters: int = setting(16, "adapters in memory; of more the least recently used leave it")
-    queue_tokens: int = setting(16384, "tokens that may wait; beyond that the answer is 503")
+    queue_tokens: int | None = setting(
+        None,
+        "tokens that may wait; beyond that the answer is 503 (default: twice what is scored in one "
+        "go, so that nobody waits long)",
+    )
     deadline_sec: float = setting(30.0, "seconds after which a waiting request is given up")
     max_text_chars: int = setting(20_000, "longest text, in characters")
     max_body_bytes: int = setting(1_048_576, "largest request body")
@@ -52,6 +56,8 @@ class ServingSettings:
             "body_timeout_sec",
         ):
             value = getattr(self, name)
+            if value is None:
+                continue
             if not 0 < value < float("inf"):
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} must be above 0 and finite, got {value}")
@@ -73,6 +79,13 @@ class ServingSettings:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+
+def length_problem(text, max_text_chars):
+    """Why a text is too long for a server with this limit, or None."""
+    if len(text) <= max_text_chars:
+        return None
+    return f"the text has {len(text)} characters, at most {max_text_chars} are allowed"
 
 
 def api_key():

@@ -53,7 +53,7 @@ class Job:
 
 
 class TokenQueue:
-    """Jobs that wait, bounded by the tokens of their rows. Any thread may put, one takes."""
+    """Jobs that wait: none is added to `max_tokens` or more. Any thread may put, one takes."""
 
     def __init__(self, max_tokens):
         self.max_tokens = max_tokens
@@ -68,11 +68,11 @@ class TokenQueue:
         """Seconds after which there should be room again."""
         return max(1, min(60, math.ceil(self.tokens / self.tokens_per_sec / 2)))
 
-    def check_room(self, tokens):
-        """Raises Problem if a job of so many tokens would not be taken now."""
+    def check_room(self):
+        """Raises Problem if no job would be taken now."""
         if self.closed:
             raise Problem("stopping", "the server takes no new work", retry_after_sec=5)
-        if self.tokens and self.tokens + tokens > self.max_tokens:
+        if self.tokens >= self.max_tokens:
             raise Problem(
                 "queue-full",
                 f"{self.tokens} tokens of {self.max_tokens} are waiting; try again later",
@@ -80,9 +80,13 @@ class TokenQueue:
             )
 
     def put(self, job):
-        """Queue the job whole. Raises Problem if there is no room; an empty queue takes any job."""
+        """Queue the job whole. Raises Problem if the queue is full.
+
+        Until then it takes a job of any size, so that a large one is not refused for ever where
+        small ones fill every gap.
+        """
         with self._changed:
-            self.check_room(job.waiting_tokens)
+            self.check_room()
             self.tokens += job.waiting_tokens
             self.rows += len(job.texts)
             self._jobs.append(job)

@@ -287,17 +287,27 @@ def test_the_page_shows_a_text_as_text(server, browser):
     assert browser.title == "How Sure?"
 
 
-def test_the_page_fits_a_phone(server, browser):
+@pytest.mark.parametrize("width", [360, 420, 1000])
+def test_the_page_and_its_picture_fit_the_screen(server, browser, width):
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
-        {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True},
+        {"width": width, "height": 740, "deviceScaleFactor": 2, "mobile": width < 1000},
     )
     try:
         browser.get(f"{server.url}/ui")
         browser.execute_script("ask()")
         wait_for(lambda: element(browser, "result").is_displayed())
-        width = browser.execute_script("return document.documentElement.scrollWidth")
-        assert width <= 360
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        boxes = browser.execute_script(
+            "return [...document.querySelectorAll('#picture text')].map(t => {"
+            "const b = t.getBoundingClientRect(); return [b.left, b.top, b.right, b.bottom]; })"
+        )
+        assert len(boxes) >= 4
+        for i, (left, top, right, bottom) in enumerate(boxes):
+            assert left >= 0 and right <= width and bottom - top >= 12  # pixels: readable
+            for other in boxes[:i]:
+                beside = right + 4 <= other[0] or other[2] + 4 <= left
+                assert beside or bottom <= other[1] + 4 or other[3] <= top + 4
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 

@@ -54,14 +54,18 @@ def test_each_job_gets_its_own_answers_in_order():
     assert max(len(batch) for batch in model.batches) == 10  # 100 tokens of 10 each
 
 
-def test_the_queue_is_bounded_in_tokens_but_takes_any_job_when_empty():
+def test_the_queue_is_bounded_in_tokens_but_takes_any_job_until_it_is_full():
     queue = TokenQueue(100)
+    queue.put(job(["short"], [99]))
     queue.put(job(["long"], [5000]))
     with pytest.raises(Problem) as caught:
         queue.put(job(["short"], [1]))
     assert caught.value.kind == "queue-full"
     assert caught.value.status == 503
     assert caught.value.retry_after_sec >= 1
+    assert queue.take(100)[0][0].texts == ["short"]
+    with pytest.raises(Problem):
+        queue.put(job(["short"], [1]))
     assert queue.take(100)[0][0].texts == ["long"]
     queue.put(job(["short"], [1]))
 
