@@ -1217,7 +1217,7 @@ def plot_signal_quality(data, figure):
         )
         for position, passes in zip(at[known], numbers["passes"][known], strict=True):
             panels[2].annotate(
-                f"{passes:.3g}",
+                f"{round(passes, 1):g}",
                 (0, position),
                 xytext=(3, 0),
                 textcoords="offset points",
