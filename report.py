@@ -3,10 +3,12 @@
 Layer 1: reads evaluation_cache/, loads no model and draws nothing. Everything is of test rows.
 """
 
+import re
 import textwrap
 from pathlib import Path
 
 from records import MODEL_FILES, load_results, read_json
+from settings import UserError
 
 METHODS = ("raw", "platt", "isotonic")
 MODEL_TITLES = {"base": "base model", "finetuned": "fine-tuned"}
@@ -57,6 +59,29 @@ def text_table(header: list[str], rows: list[list[str]]) -> str:
         return "  ".join(cells).rstrip()
 
     return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """The first column to the left, the others to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def rewritten(text: str, blocks: dict[str, str], file: str) -> str:
+    """`text` with the content of each pair of markers `<!-- measured: NAME -->` replaced.
+
+    blocks: {NAME: content}. file: what the text is called in an error.
+    Raises UserError unless there is exactly one pair of each name.
+    """
+    for name, content in blocks.items():
+        begin, end = f"<!-- measured: {name} -->\n", "<!-- /measured -->"
+        pairs = re.findall(f"{re.escape(begin)}.*?{re.escape(end)}", text, re.DOTALL)
+        if len(pairs) != 1:
+            raise UserError(
+                f"{file} has {len(pairs)} marker pairs named {name!r}, exactly 1 is needed"
+            )
+        text = text.replace(pairs[0], f"{begin}{content}\n{end}")
+    return text
 
 
 def metrics_by_model(cache_dir: Path) -> dict:

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from records import LOW_LABEL_MASS, atomic_path, read_json, versions, write_json
-from report import MODEL_TITLES, percent, with_interval
+from report import MODEL_TITLES, percent, rewritten, with_interval
 from settings import (
     ROOT,
     DataSettings,
@@ -42,7 +42,6 @@ from settings import (
 
 DOCUMENT = ROOT / "docs" / "TASKS.md"
 DOCUMENT_NUMBERS = ROOT / "docs" / "tasks.json"
-BEGIN, END = "<!-- measured: tasks -->", "<!-- /measured -->"
 HELD_OUT_PER_MILLE = {"test": 250, "calibration": 250, "validation": 100}
 MOST_ROWS = 3000
 SEED = 42  # of the draw and of the division
@@ -217,13 +216,10 @@ def tables(numbers):
 def update_document(numbers):
     """Rewrite the measured block of docs/TASKS.md, and docs/tasks.json beside it."""
     text = DOCUMENT.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"{DOCUMENT} has no block {BEGIN} ... {END}; put one where it belongs")
+    text = rewritten(text, {"tasks": tables(numbers)}, DOCUMENT.name)
     write_json(DOCUMENT_NUMBERS, numbers)
     with atomic_path(DOCUMENT) as partial:
-        partial.write_text(f"{before}{begin}\n{tables(numbers)}\n{end}{after}", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
 
 
 def run_tasks(arguments):

@@ -9,7 +9,6 @@ on the machine.
 """
 
 import argparse
-import re
 import subprocess
 import sys
 from statistics import mean
@@ -18,9 +17,11 @@ from records import atomic_path, load_results, read_json
 from report import (
     MODEL_TITLES,
     category_accuracy,
+    markdown_table,
     metrics_by_model,
     percent,
     prose,
+    rewritten,
     summary_rows,
     with_interval,
 )
@@ -46,12 +47,6 @@ def results_block():
     lines = [f"| {title} | " + " | ".join(models) + " |", "| --- |" + " ---: |" * len(models)]
     lines += [f"| {name} | " + " | ".join(values) + " |" for name, values in rows]
     return "\n".join(lines)
-
-
-def markdown_table(header, rows):
-    """The first column to the left, the others to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def calibration_block():
@@ -353,16 +348,6 @@ BLOCKS = {
 }
 
 
-def rewritten(text, blocks):
-    """`text` with the content of each named marker pair replaced."""
-    for name, content in blocks.items():
-        pattern = re.compile(rf"(<!-- measured: {name} -->\n).*?(<!-- /measured -->)", re.DOTALL)
-        text, n = pattern.subn(lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text)
-        if n != 1:
-            raise UserError(f"README.md has {n} marker pairs named {name!r}, exactly 1 is needed")
-    return text
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if outdated")
@@ -372,7 +357,7 @@ def main(argv=None):
         if not arguments.check:
             blocks |= {name: example_block(command) for name, command in EXAMPLES.items()}
         text = README.read_text(encoding="utf-8")
-        new = rewritten(text, blocks)
+        new = rewritten(text, blocks, README.name)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
