@@ -233,11 +233,19 @@ def classifier_of(folder, dtype="float32"):
     return TransformerLogprobsClassifier(ModelSettings(str(folder), device="cpu", dtype=dtype))
 
 
-def engine(folder, sequences, prefix, label_ids, dtype="float32"):
-    """This project's engine, from token ids to probabilities."""
+def engine(folder, sequences, prefix, label_ids, dtype="float32", compiled=False):
+    """This project's engine, from token ids to probabilities.
+
+    compiled: its forward pass through torch.compile, which the first run waits for.
+    """
     import numpy as np
 
     classifier = classifier_of(folder, dtype)
+    if compiled:
+        import torch
+
+        _ = classifier.engine.shares_prefix  # checked on the model as it is
+        classifier.model.forward = torch.compile(classifier.model.forward, dynamic=True)
 
     def score(batch, shared):
         return classifier.label_logprobs(batch, prefix=shared)

@@ -1,7 +1,7 @@
 """How fast classification and fine-tuning are, beside what a user would otherwise run.
 
-    python benchmarks/speed.py                  # everything, about 15 minutes on two cores
-    python benchmarks/speed.py --quick          # the same code on few rows, about a minute
+    python benchmarks/speed.py                  # everything, within 20 minutes on two cores
+    python benchmarks/speed.py --quick          # the same code on few rows
     python benchmarks/speed.py --update-docs    # write the last results into docs/PERFORMANCE.md
 
 Contestants have the same weights, token ids and dtype, run in processes of their own and take turns
@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -41,7 +42,9 @@ TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}  # largest difference of a prob
 SAMPLES = 10
 QUIET = 0.7  # load average below which a machine has nothing else to do
 ENGINE = "this engine, float32"
+INSTALL = "pip install -r benchmarks/requirements.txt"
 ONNX = ("onnxruntime", "onnxscript")
+COMPILED = "this engine, torch.compile"
 CLASSIFIERS = {  # title: (what makes it, packages that it needs)
     "generate, one by one": (arms.generate, ()),
     "lm-evaluation-harness": (arms.lm_eval, ("lm_eval",)),
@@ -61,11 +64,12 @@ class Sizes:
         self.rounds = 1 if quick else 5
         self.texts = 16 if quick else 256
         self.parity_texts = 16 if quick else None  # None: all
-        self.prefix_texts = 128
+        self.prefix_texts = 96
         self.prefixes = () if quick else (0, 48, 200)
-        self.shapes = {"29M": 8} if quick else {"29M": 96, "135M": 32}  # texts of each
-        self.rate_texts = {"": 64} if quick else {"": 2000, "29M": 400, "135M": 96}
+        self.shapes = {"29M": 8} if quick else {"29M": 64, "135M": 32}  # texts of each
+        self.rate_texts = {"": 64} if quick else {"": 1000, "135M": 96}
         self.graphs = () if quick else tuple(GRAPHS)
+        self.compiled = not quick
         self.generated_texts = 1 if quick else 16
         self.training_rows = 32 if quick else 256
         self.reference_rows = 16 if quick else 64
@@ -92,7 +96,7 @@ def contestants(folder, data, graphs, leave_out=()):
         ):
             continue
         if lacking := missing(packages):
-            left_out[title] = f"needs {', '.join(lacking)}"
+            left_out[title] = f"needs {', '.join(lacking)}: {INSTALL}"
         else:
             found[title] = make, (graphs.get(title, folder), *data)
     return found, left_out
@@ -102,7 +106,7 @@ def classify_in_turns(title, data, found, left_out, rounds):
     """The numbers of all that `contestants` names."""
     sequences, prefix, _ = data
     for name, why in left_out.items():
-        print(f"{name} left out: {why}; pip install -r benchmarks/requirements.txt")
+        print(f"{name} left out: it {why}")
     workers = {}
     try:
         for name, (make, arguments) in found.items():
@@ -154,6 +158,10 @@ def classification(sizes, data, folders, work):
     for dtype in ("float32", "bfloat16"):
         whole = partial(arms.whole, dtype=dtype)
         found[f"from text, {dtype}"] = whole, (EMBEDDED_MODEL_DIR, every(sizes.texts, texts))
+    if sizes.compiled and shutil.which("g++"):
+        found[COMPILED] = partial(arms.engine, compiled=True), (EMBEDDED_MODEL_DIR, *asked)
+    elif sizes.compiled:
+        left_out[COMPILED] = "needs g++"
     yield classify_in_turns("the embedded model", asked, found, left_out, sizes.rounds)
     for length in sizes.prefixes:
         rows, shared = with_prefix(every(sizes.prefix_texts, sequences), prefix, length)
@@ -405,7 +413,7 @@ def tables(results):
         blocks.append("\n\n".join(filter(None, [f"**{title}**", markdown_table(*table), note])))
 
     for found in part["classification"]:
-        left_out = "; ".join(f"{arm} left out, {why}" for arm, why in found["left_out"].items())
+        left_out = "; ".join(f"{arm} left out, it {why}" for arm, why in found["left_out"].items())
         add(classification_title(found), classification_table(found), left_out)
     add("Equal answers", parity_table(part["parity"]))
     add("Share of the matrix-product rate, float32", rate_table(part["matrix_rates"]))
