@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: pipeline test slow-test check format charts embedded-model readme clean help
+.PHONY: pipeline test slow-test check format charts embedded-model readme benchmark clean help
 
 help:
 	@echo "make pipeline        fine-tune, evaluate on held-out data, calibrate, draw the charts"
@@ -14,6 +14,7 @@ help:
 	@echo "make format          rewrite the code in the project's format"
 	@echo "make charts          draw images/ again from evaluation_cache/"
 	@echo "make readme          rewrite the measured numbers in README.md from evaluation_cache/"
+	@echo "make benchmark       how fast it is beside other ways; within 20 minutes on two idle cores"
 	@echo "make clean           remove .venv and everything that is not in the repository"
 
 $(VENV)/.installed: requirements.txt
@@ -33,6 +34,9 @@ charts: $(VENV)/.installed
 
 readme: $(VENV)/.installed
 	$(BIN)/python update_readme.py
+
+benchmark: $(VENV)/.installed
+	$(BIN)/python benchmarks/speed.py
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile

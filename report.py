@@ -67,14 +67,20 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def rewritten(text: str, blocks: dict[str, str], document: str = "README.md") -> str:
-    """`text` with the content of each named marker pair replaced; document: its name in errors."""
+def rewritten(text: str, blocks: dict[str, str], file: str) -> str:
+    """`text` with the content of each pair of markers `<!-- measured: NAME -->` replaced.
+
+    blocks: {NAME: content}. file: what the text is called in an error.
+    Raises UserError unless there is exactly one pair of each name.
+    """
     for name, content in blocks.items():
-        pattern = re.compile(rf"(<!-- measured: {name} -->\n).*?(<!-- /measured -->)", re.DOTALL)
-        kept = content.replace("\\", r"\\")
-        text, n = pattern.subn(rf"\g<1>{kept}\n\g<2>", text)
-        if n != 1:
-            raise UserError(f"{document} has {n} marker pairs named {name!r}, exactly 1 is needed")
+        begin, end = f"<!-- measured: {name} -->\n", "<!-- /measured -->"
+        pairs = re.findall(f"{re.escape(begin)}.*?{re.escape(end)}", text, re.DOTALL)
+        if len(pairs) != 1:
+            raise UserError(
+                f"{file} has {len(pairs)} marker pairs named {name!r}, exactly 1 is needed"
+            )
+        text = text.replace(pairs[0], f"{begin}{content}\n{end}")
     return text
 
 

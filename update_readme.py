@@ -358,7 +358,7 @@ def main(argv=None):
         if not arguments.check:
             blocks |= {name: example_block(command) for name, command in EXAMPLES.items()}
         text = README.read_text(encoding="utf-8")
-        new = rewritten(text, blocks)
+        new = rewritten(text, blocks, README.name)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -84,8 +84,8 @@ def test_few_groups_are_named_with_their_number():
 
 def test_markers_are_filled_and_a_missing_one_is_an_error():
     text = "a\n<!-- measured: x -->\nold\n<!-- /measured -->\nb"
-    new = rewritten(text, {"x": "1\\2"})
+    new = rewritten(text, {"x": "1\\2"}, "f")
     assert new == "a\n<!-- measured: x -->\n1\\2\n<!-- /measured -->\nb"
-    assert rewritten(new, {"x": "1\\2"}) == new
-    with pytest.raises(UserError, match="0 marker pairs named 'y'"):
-        rewritten(text, {"y": ""})
+    assert rewritten(new, {"x": "1\\2"}, "f") == new
+    with pytest.raises(UserError, match="f has 0 marker pairs named 'y'"):
+        rewritten(text, {"y": ""}, "f")
