@@ -32,6 +32,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from records import atomic_path, write_json
+from report import markdown_table, rewritten
 from settings import EMBEDDED_MODEL_DIR, ROOT, SENTIMENT, UserError, exit_code
 
 ROUND_SEC = 5.0
@@ -481,11 +482,9 @@ def verdicts(numbers):
 
 def measured_block(numbers):
     """The block of docs/SERVING.md: a table, and where and for how long it was measured."""
-    rows = [("asked", "measured", "kept"), ("---", "---", "---")]
-    rows += [(what, shown, "yes" if kept else "**no**") for what, shown, kept in verdicts(numbers)]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [[what, shown, "yes" if kept else "**no**"] for what, shown, kept in verdicts(numbers)]
     return (
-        f"{table}\n\n({numbers['seconds']:g} s of load for each contestant, {numbers['cores']} CPU "
+        f"{markdown_table(['asked', 'measured', 'kept'], rows)}\n\n({numbers['seconds']:g} s of load for each contestant, {numbers['cores']} CPU "
         f"cores; load average before it {numbers['load_average']:.1f}.)"
     )
 
@@ -493,11 +492,7 @@ def measured_block(numbers):
 def update_document(numbers):
     """Rewrite docs/serving.json and the block of docs/SERVING.md."""
     text = DOCUMENT.read_text(encoding="utf-8")
-    pattern = re.compile(r"(<!-- measured: serving -->\n).*?(<!-- /measured -->)", re.DOTALL)
-    block = measured_block(numbers)
-    text, found = pattern.subn(lambda match: f"{match[1]}{block}\n{match[2]}", text)
-    if found != 1:
-        raise UserError(f"{DOCUMENT.name} needs one block of measured: serving, it has {found}")
+    text = rewritten(text, {"serving": measured_block(numbers)}, DOCUMENT.name)
     with atomic_path(DOCUMENT) as partial:
         partial.write_text(text, encoding="utf-8")
     write_json(NUMBERS, numbers)
