@@ -483,8 +483,9 @@ def verdicts(numbers):
 def measured_block(numbers):
     """The block of docs/SERVING.md: a table, and where and for how long it was measured."""
     rows = [[what, shown, "yes" if kept else "**no**"] for what, shown, kept in verdicts(numbers)]
+    table = markdown_table(["asked", "measured", "kept"], rows)
     return (
-        f"{markdown_table(['asked', 'measured', 'kept'], rows)}\n\n({numbers['seconds']:g} s of load for each contestant, {numbers['cores']} CPU "
+        f"{table}\n\n({numbers['seconds']:g} s of load for each contestant, {numbers['cores']} CPU "
         f"cores; load average before it {numbers['load_average']:.1f}.)"
     )
 
