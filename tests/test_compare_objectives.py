@@ -84,6 +84,7 @@ def models_of(output, name):
     return [load_model(output / f"{name}-{seed}" / "evaluation_cache") for seed in SEEDS]
 
 
+@pytest.mark.slow
 def test_every_run_has_a_folder_and_the_table_shows_the_numbers(finished):
     output, _, first = finished
     assert first.returncode == 0, first.stderr
@@ -99,6 +100,7 @@ def test_every_run_has_a_folder_and_the_table_shows_the_numbers(finished):
     ]
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_caches_paired_by_seed(finished):
     output = finished[0]
     numbers = numbers_of(output)
@@ -127,6 +129,7 @@ def test_the_numbers_are_those_of_the_caches_paired_by_seed(finished):
     assert numbers["n_groups"] == len(np.unique(group))
 
 
+@pytest.mark.slow
 def test_p_true_is_read_from_the_caches_of_both_models(finished):
     output = finished[0]
     numbers = numbers_of(output)
@@ -147,6 +150,7 @@ def test_p_true_is_read_from_the_caches_of_both_models(finished):
             assert table[method]["log_loss"]["estimate"] == pytest.approx(after)
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_done_twice(finished):
     output, flags, _ = finished
     before = (output / "objectives.json").read_bytes()
@@ -156,6 +160,7 @@ def test_what_is_finished_is_not_done_twice(finished):
     assert (output / "objectives.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_asked_for_p_true_is_a_sentence(finished):
     output = finished[0]
     folders = {
@@ -196,6 +201,7 @@ def test_a_real_difference_is_found_and_holm_counts_every_test():
 # The document
 
 
+@pytest.mark.slow
 def test_the_document_gets_the_tables_between_its_markers(finished, tmp_path, monkeypatch):
     numbers = numbers_of(finished[0])
     document = tmp_path / "OBJECTIVES.md"
