@@ -229,11 +229,12 @@ def test_a_full_queue_is_waited_for(folder, tmp_path):
         def other():
             with httpx.Client(base_url=busy.url, headers={"x-api-key": KEY}, timeout=60) as client:
                 while not stop.is_set():
-                    response = client.post("/classify/batch", json={"texts": [TEXTS[0]] * 20})
+                    texts = [f"{TEXTS[0]} {i}" for i in range(20)]
+                    response = client.post("/classify/batch", json={"texts": texts})
                     refused.append(response.status_code == 503)
-                    time.sleep(0.2)
+                    time.sleep(0.05)
 
-        others = [threading.Thread(target=other) for _ in range(2)]
+        others = [threading.Thread(target=other) for _ in range(4)]
         for thread in others:
             thread.start()
         result = run(f"--file={path}", f"--output={tmp_path / 'b.csv'}", f"--server={busy.url}")
