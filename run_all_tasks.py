@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from records import LOW_LABEL_MASS, atomic_path, read_json, versions, write_json
-from report import MODEL_TITLES, percent, rewritten, with_interval
+from report import MODEL_TITLES, markdown_table, percent, prose, rewritten, with_interval
 from settings import (
     ROOT,
     DataSettings,
@@ -118,6 +118,7 @@ def measured(model):
         return {key: round(metric[key], 6) for key in keys if key in metric}
 
     mass = model.results.arrays("test")["label_mass"]
+    combined = model.entry["signals"]["combined"]
     return {
         "calibrator": model.selected,
         "accuracy": score("raw", "accuracy"),
@@ -130,6 +131,12 @@ def measured(model):
         "label_mass": {
             "mean": round(float(mass.mean()), 6),
             "low": round(float((mass < LOW_LABEL_MASS).mean()), 6),
+        },
+        "combined": {
+            "parts": [part["name"] for part in combined["blend"]["parameters"]["parts"]],
+            "best_part": combined["best_part"],
+            "difference": combined["difference"][combined["best_part"]],
+            "worse_than": combined["worse_than"],
         },
         "not_scored": model.results.counts()["failed"],
         "evaluation_seconds": model.results.run["seconds"],
@@ -199,6 +206,31 @@ def results_table(tasks):
     return "\n".join(lines)
 
 
+def combined_table(tasks):
+    """Log-loss of the combined score on test rows against its best part there."""
+    from signal_comparison import TITLES
+
+    header = ["task", "model", "combined of", "best part", "combined minus it", "p", "worse than"]
+
+    def titles(names):
+        return ", ".join(TITLES[name] for name in names) or "none"
+
+    rows = [
+        [
+            name,
+            MODEL_TITLES[model],
+            titles(of["combined"]["parts"]),
+            TITLES[of["combined"]["best_part"]],
+            with_interval(of["combined"]["difference"]),
+            f"{of['combined']['difference']['p_value_holm']:.2g}",
+            titles(of["combined"]["worse_than"]),
+        ]
+        for name, task in tasks.items()
+        for model, of in task["models"].items()
+    ]
+    return markdown_table(header, rows)
+
+
 def tables(numbers):
     """The Markdown of tasks.json that stands in docs/TASKS.md."""
     tasks = numbers["tasks"]
@@ -210,7 +242,14 @@ def tables(numbers):
         f"(`{numbers['command']}`: at most {numbers['max_rows']:,} rows a task, "
         f"{training:.0f} s of training and {evaluation:.0f} s of evaluation in all.)"
     )
-    return "\n\n".join([rows_table(tasks), results_table(tasks), note])
+    combined = prose(
+        "Log-loss of the combined confidence minus that of its best part after Platt scaling, on "
+        "the test rows; p is corrected for the number of parts (Holm). The last column names the "
+        "parts than which it is worse by more than chance."
+    )
+    return "\n\n".join(
+        [rows_table(tasks), results_table(tasks), combined, combined_table(tasks), note]
+    )
 
 
 def update_document(numbers):

@@ -135,6 +135,10 @@ def test_a_task_runs_through_the_pipeline_and_leaves_numbers_without_texts(finis
             )
             cell = with_interval(model.metrics[method]["log_loss"])
             assert cell in first.stdout
+        combined = model.entry["signals"]["combined"]
+        assert of["combined"]["best_part"] == combined["best_part"]
+        assert of["combined"]["worse_than"] == combined["worse_than"]
+        assert with_interval(combined["difference"][combined["best_part"]]) in first.stdout
         mass = np.exp(model.results.arrays("test")["label_logprobs"]).sum(axis=1)
         assert of["label_mass"]["mean"] == pytest.approx(mass.mean(), abs=1e-4)
     assert tables(numbers) in first.stdout
