@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make pipeline        fine-tune, evaluate on held-out data, calibrate, draw the charts"
 	@echo "make test            run the tests"
-	@echo "make slow-test       a million rows within their limits, long simulations"
+	@echo "make slow-test       a million rows within their limits, long simulations, servers under load"
 	@echo "make check           formatting, lint, types, generated files (what CI runs besides the tests)"
 	@echo "make format          rewrite the code in the project's format"
 	@echo "make charts          draw images/ again from evaluation_cache/"

@@ -123,6 +123,7 @@ def put_link(folder, name, target):
     os.replace(link, folder / name)
 
 
+@pytest.mark.slow
 def test_models_are_added_swapped_and_broken_under_load(tmp_path, classifier):
     """Those that stay never notice; an answer is always that of the version it names."""
     versions, adapters = tmp_path / "versions", tmp_path / "adapters"

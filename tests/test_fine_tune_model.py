@@ -658,6 +658,7 @@ def test_sharing_the_prompt_leaves_the_gradients_of_every_objective_as_they_are(
     assert float(plain.norm()) > 1e-4
 
 
+@pytest.mark.slow
 def test_multi_task_teaches_the_model_to_say_how_often_it_is_right(tmp_path, easy_csv, trained):
     train(tmp_path, easy_csv, epochs=2, rank=16, objective="multi-task")
     rows = [e for e in load_splits(DataSettings(data=str(easy_csv)), TASK) if e.split == "test"]

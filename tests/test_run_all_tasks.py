@@ -110,7 +110,7 @@ def finished(tmp_path_factory):
     root, output = folder / "sets", folder / "runs"
     write_rows(root / SOURCES["financial_sentiment"].file, labelled(120))
     flags = ["--data-root", root, "--output-dir", output, "--rows=80", "--resamples=30"]
-    flags += ["--device=cpu", "--tasks", "financial_sentiment"]
+    flags += ["--device=cpu", "--dropout-passes=2", "--tasks", "financial_sentiment"]
     return root, output, flags, run(*flags)
 
 

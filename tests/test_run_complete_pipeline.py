@@ -177,6 +177,7 @@ epochs = 3
 rank = 8
 [evaluation]
 resamples = 50
+dropout_passes = 2
 [output]
 output_dir = '{output}'
 """,
@@ -232,6 +233,7 @@ def test_whole_pipeline_runs_with_lettered_options_from_a_task_file(tmp_path):
         "epochs": 1,
         "batch_size": 16,
         "resamples": 50,
+        "signals": "paraphrase",
         "output_dir": tmp_path,
     }
     done = run_pipeline(*command_line(settings))
