@@ -301,7 +301,7 @@ def cost_block():
         "| what | seconds |",
         "| --- | ---: |",
         f"| LoRA fine-tuning, {training['rows']['train']:,} rows, "
-        f"{training['history'][-1]['epoch']:g} epoch(s), {training['trainable_parameters']:,} "
+        f"{training['history'][-1]['epoch']:.3g} epochs, {training['trainable_parameters']:,} "
         f"trained parameters | {training['seconds']:.0f} |",
     ]
     for name, title in (("base", "base"), ("finetuned", "fine-tuned")):
