@@ -432,8 +432,8 @@ def reference_fine_tuning(folder, n_rows, accumulation=16):
     rows = AnswerBatches(classifier.encoders, training_rows(n_rows), 1, 0).epoch(0)
 
     def run():
-        for number, ((ids, answer),) in enumerate(rows, 1):
-            whole = torch.tensor([[*ids, *answer]])
+        for number, (row,) in enumerate(rows, 1):
+            whole = torch.tensor([[*row.prompt, *row.answer]])
             (model(input_ids=whole, labels=whole).loss / accumulation).backward()
             if number % accumulation == 0:
                 torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -468,12 +468,13 @@ def gradient_difference(folder, n_rows):
         model.zero_grad()
         return found
 
-    def alone(ids, answer):
-        logits = model(input_ids=torch.tensor([[*ids, *answer[:-1]]])).logits[0, len(ids) - 1 :]
-        return cross_entropy(logits, torch.tensor(answer), reduction="sum") / len(batch)
+    def alone(row):
+        whole = torch.tensor([[*row.prompt, *row.answer[:-1]]])
+        logits = model(input_ids=whole).logits[0, len(row.prompt) - 1 :]
+        return cross_entropy(logits, torch.tensor(row.answer), reduction="sum") / len(batch)
 
     def run():
-        one_by_one = gradient(alone(*row) for row in batch)
+        one_by_one = gradient(alone(row) for row in batch)
         shared = gradient([answer_loss(model, batch)])
         return float((shared - one_by_one).norm() / one_by_one.norm())
 
