@@ -444,11 +444,8 @@ def parse_arguments(arguments=None):
 
 def main(arguments=None):
     settings = parse_arguments(arguments)
-    try:
-        return exit_code(compare_objectives, settings)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues where it stopped", file=sys.stderr)
-        return 1
+    again = "the same command continues where it stopped"
+    return exit_code(compare_objectives, settings, interrupted=again)
 
 
 if __name__ == "__main__":

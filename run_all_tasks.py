@@ -328,11 +328,8 @@ def parse_arguments(arguments=None):
 
 def main(arguments=None):
     settings = parse_arguments(arguments)
-    try:
-        return exit_code(run_tasks, settings)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues where it stopped", file=sys.stderr)
-        return 1
+    again = "the same command continues where it stopped"
+    return exit_code(run_tasks, settings, interrupted=again)
 
 
 if __name__ == "__main__":

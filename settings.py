@@ -566,11 +566,19 @@ def add_report_arguments(parser):
     parser.add_argument("--no-images", action="store_true", help="draw nothing")
 
 
-def exit_code(action, *arguments):
-    """0 when `action` is done; 1, with a message on stderr, when the user can mend what failed."""
+def exit_code(action, *arguments, interrupted=None):
+    """0 when `action` is done; 1, with a message on stderr, when the user can mend what failed.
+
+    interrupted: what to say after Ctrl-C; without it the interruption is raised.
+    """
     try:
         action(*arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if interrupted is None:
+            raise
+        print(f"interrupted; {interrupted}", file=sys.stderr)
         return 1
     return 0

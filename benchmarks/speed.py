@@ -528,13 +528,9 @@ def parse_arguments(arguments=None):
 
 def main(arguments=None):
     settings = parse_arguments(arguments)
-    try:
-        if settings.update_docs:
-            return exit_code(update_document)
-        return exit_code(measure, settings)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 1
+    if settings.update_docs:
+        return exit_code(update_document)
+    return exit_code(measure, settings, interrupted="nothing was written")
 
 
 if __name__ == "__main__":

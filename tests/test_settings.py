@@ -32,6 +32,7 @@ from settings import (
     add_arguments,
     case_variants,
     changed_flags,
+    exit_code,
     fingerprint,
     first_type,
     from_arguments,
@@ -496,3 +497,13 @@ def test_results_go_below_one_folder_the_project_by_default(tmp_path):
         Path("evaluation_cache"),
         Path("images"),
     ]
+
+
+def test_an_interruption_is_said_in_one_line_or_raised(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert exit_code(interrupted, interrupted="nothing was written") == 1
+    assert capsys.readouterr().err == "interrupted; nothing was written\n"
+    with pytest.raises(KeyboardInterrupt):
+        exit_code(interrupted)
