@@ -99,7 +99,7 @@ def serve(arguments):
     server = uvicorn.Server(
         uvicorn.Config(
             app,
-            loop="asyncio",
+            loop="auto",
             http="h11",
             ws="none",
             log_config=None,

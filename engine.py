@@ -29,6 +29,8 @@ from settings import UserError
 
 CPU_BATCH_TOKENS = 1024  # measured: 512 to 2,048 are equally fast, beyond them caches overflow
 GPU_BATCH_TOKENS = 16384
+WORTH_A_PASS = 150  # tokens: measured, with fewer a forward pass costs more than its padding would
+WORTH_PADDING = 0.8  # of the longest row: a shorter one starts the next batch
 MEMORY_SHARE = 0.25  # of the free memory, for the activations of all batches under way
 LARGE = 1e9  # parameters from which one batch keeps every core of a CPU busy
 MAX_WORKERS = 16  # Python itself is the limit beyond
@@ -282,14 +284,23 @@ class Engine:
             pool.shutdown(cancel_futures=True)
 
     def _batches(self, lengths):
-        """Row numbers, longest first, in batches within the budget; enough for every worker."""
+        """Row numbers, longest first, in batches within the budget; enough for every worker.
+
+        A batch also ends where the next row would mostly be padding, if it is worth a forward pass.
+        """
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         budget = min(self.budget, max(256, math.ceil(sum(lengths) / self.workers)))
-        start = 0
-        while start < len(order):
-            size = max(1, budget // lengths[order[start]])
-            yield order[start : start + size]
-            start += size
+        batch = []
+        for row in order:
+            longest = lengths[batch[0]] if batch else 0
+            tokens = len(batch) * longest  # padding included
+            padded = tokens >= WORTH_A_PASS and lengths[row] < WORTH_PADDING * longest
+            if batch and (tokens + longest > budget or padded):
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
 
     def _score(self, sequences, score, batch):
         prefix, rows = batch

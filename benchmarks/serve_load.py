@@ -39,6 +39,7 @@ ROUND_SEC = 5.0
 CLIENTS = 32
 N_ADAPTERS = 10
 OVERLOAD = 10
+TEXTS = 16  # of a request under overload
 DOCUMENT, NUMBERS = ROOT / "docs" / "SERVING.md", ROOT / "docs" / "serving.json"
 
 
@@ -244,17 +245,17 @@ async def batching(texts, seconds, _):
 
 
 async def offer(port, bodies, per_sec, seconds):
-    """Requests at a steady rate, whether or not earlier ones are answered, and what follows.
+    """Batches at a steady rate, whether or not earlier ones are answered, and what follows.
 
     Returns ([(status, seconds)], requests a second that were really sent, seconds from the last one
-    until a new client, who asks again when refused, is answered).
+    until a new client, who asks about one text and again when refused, is answered).
     """
     idle, found, tasks = [], [], set()
 
     async def one(body):
         client = idle.pop() if idle else Client(port)
         started = time.perf_counter()
-        status, _ = await client.ask("POST", "/classify", body)
+        status, _ = await client.ask("POST", "/classify/batch", body)
         found.append((status, time.perf_counter() - started))
         idle.append(client)
 
@@ -268,7 +269,7 @@ async def offer(port, bodies, per_sec, seconds):
         await asyncio.sleep(0.002)
     ended = time.perf_counter()
     newcomer = Client(port)
-    while (await newcomer.ask("POST", "/classify", bodies[0]))[0] != 200:
+    while (await newcomer.ask("POST", "/classify", {"text": "Good."}))[0] != 200:
         await asyncio.sleep(0.02)
     recovered = time.perf_counter() - ended
     await asyncio.gather(*tasks)
@@ -278,14 +279,22 @@ async def offer(port, bodies, per_sec, seconds):
 
 
 async def overload(texts, seconds, _):
-    """Ten times as many requests a second as the server can answer, and the time after them."""
+    """Ten times as many requests a second as the server can answer, and the time after them.
+
+    Requests have several texts, so that what is overloaded is the model and not the client that
+    shares the cores with it.
+    """
     server = classify_api()
     try:
         await server.ready()
-        bodies = [{"text": text} for text in texts]
-        await load(server.port, bodies, CLIENTS, 2)
-        found, took = await load(server.port, bodies, CLIENTS, min(seconds, 2 * ROUND_SEC))
-        capacity = len(found) / took
+        parts = [texts[i : i + TEXTS] for i in range(0, len(texts) - TEXTS + 1, TEXTS)]
+        bodies = [{"texts": part} for part in parts]
+        await load(server.port, bodies, 2, 2, "/classify/batch")
+        # Two at a time are never refused and keep the model busy.
+        calm, took = await load(
+            server.port, bodies, 2, min(seconds, 2 * ROUND_SEC), "/classify/batch"
+        )
+        capacity = len(calm) / took
         found, offered, recovered = await offer(server.port, bodies, OVERLOAD * capacity, seconds)
         refused = [sec for status, sec in found if status == 503]
         answered = [sec for status, sec in found if status == 200]
@@ -293,8 +302,10 @@ async def overload(texts, seconds, _):
             raise UserError(f"{OVERLOAD} times the load was not too much, or nothing was answered")
         statuses = sorted({status for status, _ in found})
         return {
+            "texts_of_a_request": TEXTS,
             "capacity_per_sec": capacity,
             "offered_per_sec": offered,
+            "answered_per_sec": len(answered) / seconds,
             "statuses": {str(s): sum(status == s for status, _ in found) for s in statuses},
             "refusal_p50_sec": float(np.quantile(refused, 0.5)),
             "refusal_p99_sec": float(np.quantile(refused, 0.99)),
@@ -457,9 +468,12 @@ def verdicts(numbers):
         )
     if part := numbers.get("overload"):
         row(
-            f"{OVERLOAD} times the load is answered with 200 and 503 alone",
-            ", ".join(f"{n:,} × {status}" for status, n in part["statuses"].items()),
-            set(part["statuses"]) <= {"200", "503"},
+            f"{OVERLOAD} times the load is really offered, and answered with 200 and 503 alone",
+            f"{part['offered_per_sec']:.0f} requests a second, "
+            f"{part['capacity_per_sec']:.1f} when calm: "
+            + ", ".join(f"{n:,} × {status}" for status, n in part["statuses"].items()),
+            set(part["statuses"]) <= {"200", "503"}
+            and part["offered_per_sec"] > 0.95 * OVERLOAD * part["capacity_per_sec"],
         )
         row(
             "503 comes within a second (median, 99th percentile)",

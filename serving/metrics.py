@@ -30,13 +30,13 @@ class Metrics:
             **own,
         )
         self.batch_rows = Histogram(
-            "howsure_batch_rows", "Texts scored in one go.", buckets=ROWS, **own
+            "howsure_batch_rows", "Texts scored in one batch.", buckets=ROWS, **own
         )
         self.batch_tokens = Histogram(
-            "howsure_batch_tokens", "Tokens scored in one go.", buckets=TOKENS, **own
+            "howsure_batch_tokens", "Tokens scored in one batch.", buckets=TOKENS, **own
         )
         self.batch_seconds = Histogram(
-            "howsure_batch_seconds", "Duration of one go.", buckets=SECONDS, **own
+            "howsure_batch_seconds", "Duration of one batch.", buckets=SECONDS, **own
         )
         self.confidence = Histogram(
             "howsure_confidence",

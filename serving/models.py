@@ -2,7 +2,8 @@
 
 `Catalogue` finds them: it reads folders and calibrators, tokenises texts, and never touches the
 weights. `SharedModel` holds one copy of the base weights, loads and drops adapters, and scores.
-Each belongs to one thread and has a tokenizer of its own, because a tokenizer is not thread-safe.
+The catalogue belongs to one thread and has a tokenizer of its own, because a tokenizer is not
+thread-safe.
 
 A folder is served if it is as fine_tune_model.py writes it (adapter_config.json,
 adapter_model.safetensors, task.json, manifest.json). `calibrator.json` in it, written by
@@ -11,9 +12,9 @@ adapter_model.safetensors, task.json, manifest.json). `calibrator.json` in it, w
 
 import copy
 import logging
+import math
 import re
 import shutil
-import threading
 import time
 from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 from calibration import (
     CALIBRATORS,
@@ -49,8 +51,7 @@ BASE, FINETUNED = "base", "finetuned"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "task.json", "manifest.json")
 CALIBRATOR_FILE = "calibrator.json"
-BASE_ROWS = "__base__"  # PEFT's name of no adapter in a mixed batch
-LEAST_TOKENS = 512  # of a batch: with fewer a text takes longer on a CPU
+ENOUGH_TOKENS = 512  # of a batch on a CPU: with more a text takes as long
 LOOK_AGAIN_SEC = 1.0  # between two looks at the folders
 RETRAIN = "run: python fine_tune_model.py --force-retrain"
 # What reading a folder may raise that is damaged, or that is being written or removed meanwhile.
@@ -96,6 +97,26 @@ class ServedModel:
     @cached_property
     def calibrator_fingerprint(self):
         return None if self.calibrator is None else fingerprint(self.calibrator.to_json())
+
+
+class EncodedText(NamedTuple):
+    """A text as a model is asked about it.
+
+    prompts: for each order of the options (token ids, whether the text lost its middle). tokens: to
+    compute, those of the prompts without what is shared.
+    """
+
+    text: str
+    prompts: tuple[tuple[list[int], bool], ...]
+    tokens: int
+
+
+def encoded_text(encoders, text, shares_prefix):
+    """`EncodedText` of a text. Raises UserError."""
+    prompts = tuple(encoder.encode([text.strip()])[0] for encoder in encoders)
+    shared = (encoder.prefix_length if shares_prefix else 0 for encoder in encoders)
+    tokens = sum(max(1, len(ids) - n) for (ids, _), n in zip(prompts, shared, strict=True))
+    return EncodedText(text, prompts, tokens)
 
 
 @dataclass(frozen=True)
@@ -237,22 +258,18 @@ class Catalogue:
         return model
 
     def encode(self, model, texts):
-        """[number of tokens to compute, or why the text cannot be scored] for this model."""
+        """[`EncodedText`, or why the text cannot be scored] for this model."""
         results = []
         for text in texts:
             problem = text_problem(text) or length_problem(text, self.settings.max_text_chars)
             if problem is None:
                 try:
-                    results.append(sum(self._tokens(e, text) for e in model.encoders))
+                    results.append(encoded_text(model.encoders, text, self.shares_prefix))
                     continue
                 except UserError as error:  # a control token that this tokenizer cannot tell apart
                     problem = str(error)
             results.append(problem)
         return results
-
-    def _tokens(self, encoder, text):
-        ((ids, _),) = encoder.encode([text.strip()])
-        return max(1, len(ids) - (encoder.prefix_length if self.shares_prefix else 0))
 
 
 def read_adapter_task(folder, base_fingerprint):
@@ -385,55 +402,70 @@ class Row(list):
 
 
 class SharedModel:
-    """One copy of the base weights, and the adapters in memory. For one thread.
+    """One copy of the base weights, and the adapters in memory.
 
-    Rows of different adapters go through the model together: each of PEFT's layers is told which
-    adapter each row of its batch asks. That is said for every thread of the engine by itself, so
-    several batches can be under way at once. What the prompts share is computed for each adapter.
+    One thread has adapters come and go (`prepare`), while nothing is scored; several may score
+    (`classify`, `explain`). Rows of different adapters go through the model together (`MixedRows`).
+    What the prompts share is computed for each adapter.
 
-    classifier: `TransformerLogprobsClassifier` of the base model.
+    classifier: `TransformerLogprobsClassifier` of the base model. Its engine scores one batch at a
+    time from now on, for each of `parallel` threads. batch_tokens: most tokens of a batch.
     """
 
     def __init__(self, classifier, max_adapters):
+        from serving.mixed_lora import MixedRows
+
         self.classifier, self.engine, self.max_adapters = (
             classifier,
             classifier.engine,
             max_adapters,
         )
+        self.parallel, self.engine.workers = self.engine.workers, 1
+        budget = self.engine.budget
+        self.batch_tokens = max(math.ceil(budget / self.parallel), min(budget, ENOUGH_TOKENS))
         self.failed = {}  # key of an adapter that cannot be loaded: why
         self._holder = None  # PEFT's view of the model, by which adapters come and go
         self._loaded = OrderedDict()  # key of an adapter: its task; the least recently used first
         self._classifiers = {classifier.task: classifier}
         self._prefixes = {}  # (key of an adapter or None, shared token ids): `SharedPrefix`
-        self._rows = threading.local()  # .adapters: PEFT's names of those asked by the batch's rows
-        self._layers = set()  # layers that are told
+        self._rows = MixedRows()
 
     @property
     def loaded(self):
         """Keys of the adapters in memory."""
         return tuple(self._loaded)
 
-    @property
-    def go_tokens(self):
-        """Tokens that are scored at once: what a batch may have, and enough for every worker of the
-        engine. More would be no faster, only waited for longer."""
-        budget = self.engine.budget
-        return max(budget, min(budget, LEAST_TOKENS) * self.engine.workers)
-
     # --------------------------------------------------------------------------------- adapters
 
+    def prepare(self, models, wait_until_idle):
+        """Have the adapters of at most `max_adapters` models in memory; {model: exception} of those
+        that cannot be.
+
+        wait_until_idle(): called before an adapter comes or goes; returns when nothing is scored.
+        """
+        asked = [model for model in models if model.key is not None]
+        for key in {model.key for model in asked} & set(self._loaded):
+            self._loaded.move_to_end(key)
+        if any(model.key not in self._loaded for model in asked):
+            wait_until_idle()
+        failed = {}
+        for model in models:
+            try:
+                self._require(model)
+                self._classifier(model.task)
+            except Exception as error:  # whatever it is, the others go on
+                failed[model] = error
+        return failed
+
     def _require(self, model):
-        """Have the adapter of this model in memory. Raises UserError if that cannot be."""
-        if model.key is None:
+        if model.key is None or model.key in self._loaded:
             return
         if model.key in self.failed:
             raise UserError(self.failed[model.key])
-        if model.key not in self._loaded:
-            while len(self._loaded) >= self.max_adapters:
-                self._drop(next(iter(self._loaded)))
-            self._load(model)
-            self._loaded[model.key] = model.task
-        self._loaded.move_to_end(model.key)
+        while len(self._loaded) >= self.max_adapters:
+            self._drop(next(iter(self._loaded)))
+        self._load(model)
+        self._loaded[model.key] = model.task
 
     def _drop(self, key):
         self._loaded.pop(key, None)
@@ -450,8 +482,8 @@ class SharedModel:
             with copied_adapter(model) as folder:
                 self._holder.load_adapter(folder, model.key)
             self.engine.model.eval()
-            self._tell_layers()
-            (probe,) = self._score(model.task, [(model.key, "Good.")])
+            self._rows.tell(self.engine.model)
+            (probe,) = self._score(model.task, [(model.key, self._encoded(model.task, "Good."))])
             if probe.error is not None:
                 raise UserError(probe.error)
         except UserError:
@@ -471,26 +503,6 @@ class SharedModel:
             self.failed[model.key] = problem  # other files have another key
             raise UserError(problem) from error
 
-    def _tell_layers(self):
-        from peft.tuners.lora.layer import LoraLayer
-
-        def tell(layer, arguments, named):
-            return arguments, named | {"adapter_names": self._rows.adapters}
-
-        for layer in self.engine.model.modules():
-            if isinstance(layer, LoraLayer) and layer not in self._layers:
-                layer.register_forward_pre_hook(tell, with_kwargs=True)
-                self._layers.add(layer)
-
-    @contextmanager
-    def _asking(self, adapters):
-        """Inside the block the rows of this thread's batch ask these adapters, None: the base."""
-        self._rows.adapters = [BASE_ROWS if key is None else key for key in adapters]
-        try:
-            yield
-        finally:
-            del self._rows.adapters
-
     def _prefix(self, adapters, ids):
         """`SharedPrefix` of token ids for a batch whose rows ask these adapters, or None."""
         import torch
@@ -502,7 +514,7 @@ class SharedModel:
         names = list(dict.fromkeys(adapters))
         for key in names:
             if (key, tuple(ids)) not in self._prefixes:
-                with torch.inference_mode(), self._asking([key]):
+                with torch.inference_mode(), self._rows.asking([key]):
                     self._prefixes[key, tuple(ids)] = shared_prefix(self.engine.model, ids)
         prefixes = [self._prefixes[key, tuple(ids)] for key in names]
         if len(prefixes) == 1:
@@ -525,80 +537,59 @@ class SharedModel:
             self._classifiers = kept | {task: self.classifier.for_task(task)}
         return self._classifiers[task]
 
+    def _encoded(self, task, text):
+        encoders = [order.encoder for order in self._classifier(task).orders]
+        return encoded_text(encoders, text, self.engine.shares_prefix)
+
     def _score(self, task, asked):
-        """A `Prediction` for each (key of an adapter or None, text) of one task."""
-        passes = [self._pass(order, asked) for order in self._classifier(task).orders]
+        """A `Prediction` for each (key of an adapter or None, `EncodedText`) of one task."""
+        orders = self._classifier(task).orders
+        passes = [self._pass(order, i, asked) for i, order in enumerate(orders)]
         return [mean_prediction(task, rows) for rows in zip(*passes, strict=True)]
 
-    def _pass(self, classifier, asked):
-        """`_score` in the one order of the options that the classifier asks in."""
-        encoded = classifier.encoder.encode([text.strip() for _, text in asked])
-        rows = [Row(ids, key) for (ids, _), (key, _) in zip(encoded, asked, strict=True)]
-        shared = classifier.encoder.prefix
-        for key in {row.adapter for row in rows}:
-            self._prefix([key], shared)  # computed here, not by several workers at once
+    def _pass(self, classifier, order, asked):
+        """`_score` in one order of the options, that in which the classifier asks."""
+        rows = [Row(text.prompts[order][0], key) for key, text in asked]
 
         def score(sequences, prefix):
             adapters = [row.adapter for row in sequences]
             if prefix is not None:
-                prefix = self._prefix(adapters, shared)
-            with self._asking(adapters):
+                prefix = self._prefix(adapters, prefix.ids)
+            with self._rows.asking(adapters):
                 return classifier.label_logprobs(sequences, prefix=prefix)
 
         results = [None] * len(rows)
-        prefix = self._prefix([rows[0].adapter], shared)  # says which rows begin so
+        # says which rows begin so
+        prefix = self._prefix([rows[0].adapter], classifier.encoder.prefix)
         for batch, scored, seconds in self.engine.run(rows, prefix, score):
             for row, logprobs in zip(batch, scored, strict=True):
+                truncated = asked[row][1].prompts[order][1]
                 results[row] = classifier.prediction(
-                    str(row), logprobs, encoded[row][1], seconds / len(batch)
+                    str(row), logprobs, truncated, seconds / len(batch)
                 )
         return results
 
     def classify(self, rows):
-        """A `Prediction`, or the UserError why there is none, for each (ServedModel, text)."""
-        results = [None] * len(rows)
-        portion, keys = [], set()
-        for position in sorted(range(len(rows)), key=lambda i: rows[i][0].key or ""):
-            model = rows[position][0]
-            if model.key is not None and model.key not in keys:
-                if len(keys) == self.max_adapters:  # more than fit into memory at once
-                    self._classify(rows, portion, results)
-                    portion, keys = [], set()
-                try:
-                    self._require(model)
-                except UserError as error:
-                    results[position] = error
-                    continue
-                keys.add(model.key)
-            portion.append(position)
-        self._classify(rows, portion, results)
-        return results
-
-    def _classify(self, rows, portion, results):
-        by_task = {}
-        for position in portion:
-            by_task.setdefault(rows[position][0].task, []).append(position)
+        """A `Prediction` for each (ServedModel, `EncodedText`). Raises UserError."""
+        results, by_task = [None] * len(rows), {}
+        for position, (model, _) in enumerate(rows):
+            by_task.setdefault(model.task, []).append(position)
         for task, positions in by_task.items():
-            asked = [(rows[i][0].key, rows[i][1]) for i in positions]
-            try:
-                answers = self._score(task, asked)
-            except UserError as error:
-                answers = [error] * len(positions)
+            answers = self._score(task, [(rows[i][0].key, rows[i][1]) for i in positions])
             for position, answer in zip(positions, answers, strict=True):
                 results[position] = answer
+        return results
 
     def explain(self, model, text, k):
-        """The `Explanation` of one text. Raises UserError."""
-        self._require(model)
-        classifier = self._classifier(model.task)
-        orders = tuple(self._pass(order, [(model.key, text)])[0] for order in classifier.orders)
+        """The `Explanation` of one `EncodedText`. Raises UserError."""
+        classifier, asked = self._classifier(model.task), [(model.key, text)]
+        orders = tuple(self._pass(order, i, asked)[0] for i, order in enumerate(classifier.orders))
         if failed := [p.error for p in orders if p.error is not None]:
             raise UserError(failed[0])
-        ((ids, _),) = classifier.encoder.encode([text.strip()])
         prefix = self._prefix([model.key], classifier.encoder.prefix)
-        with self._asking([model.key]):
-            logits = self.engine.logits([ids], prefix=prefix)
-        return classifier.explanation(text, orders, logits[0].log_softmax(-1), k)
+        with self._rows.asking([model.key]):
+            logits = self.engine.logits([text.prompts[0][0]], prefix=prefix)
+        return classifier.explanation(text.text, orders, logits[0].log_softmax(-1), k)
 
     def check_itself(self):
         """Warm up, and compare answers that are known to agree. Raises UserError if they do not.
@@ -607,8 +598,9 @@ class SharedModel:
         """
         texts = ["Good.", "It was neither good nor bad, and I would not go there again. " * 4]
         task = self.classifier.task
-        together = self._score(task, [(None, text) for text in texts])
-        alone = [self._score(task, [(None, text)])[0] for text in texts]
+        asked = [(None, self._encoded(task, text)) for text in texts]
+        together = self._score(task, asked)
+        alone = [self._score(task, [row])[0] for row in asked]
         for one, other in zip(together, alone, strict=True):
             if one.error is not None:
                 raise UserError(f"the self-check failed: {one.error}")

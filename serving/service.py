@@ -1,7 +1,7 @@
 """The server behind its addresses: from a question to the results of the model, off the event loop.
 
-event loop ──> front thread ──> queue ──> model thread
-HTTP, JSON     names, tokens    bounded   weights
+event loop ──> front thread ──> queue ──> model thread ──> scoring threads
+HTTP, JSON     names, tokens    bounded   adapters         forward passes
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from settings import UserError
 
 log = logging.getLogger("howsure")
 
-GOES_THAT_WAIT = 2  # that fill the queue, unless it was said how many tokens do
+ROUNDS_THAT_WAIT = 2  # of batches fill the queue, unless it was said how many tokens do
 
 
 class Service:
@@ -52,7 +52,7 @@ class Service:
         model = SharedModel(classifier, self.settings.max_adapters)
         model.check_itself()
         if self.settings.queue_tokens is None:
-            self.queue.max_tokens = GOES_THAT_WAIT * model.go_tokens
+            self.queue.max_tokens = ROUNDS_THAT_WAIT * model.parallel * model.batch_tokens
         catalogue = Catalogue(classifier, self.settings)
         served = [m.name for m in catalogue.all()]
         self.catalogue = catalogue
@@ -112,26 +112,24 @@ class Service:
             log.info("%s texts for %s: %s", request.state.request_id, ascii(name), ascii(texts))
         self.check_room()
         model, encoded = await self.in_front(self._prepare, name, texts)
-        good = [i for i, tokens in enumerate(encoded) if isinstance(tokens, int)]
+        good = [i for i, row in enumerate(encoded) if not isinstance(row, str)]
         if not good:
             return model, encoded
-        job = Job(model, [texts[i] for i in good], [encoded[i] for i in good], deadline, explain)
+        job = Job(model, [encoded[i] for i in good], deadline, explain)
         self.queue.put(job)
         self.accepted += 1
         try:
             found = await self._result(request, job)
-        except UserError as error:
-            raise Problem("model-unavailable", f"{name}: {error}", retry_after_sec=60) from error
         finally:
             self.answered += 1
-        if explain is not None:
-            return model, [found]
         for result in found:
             if isinstance(result, UserError):
                 problem = Problem("model-unavailable", f"{name}: {result}", retry_after_sec=60)
                 raise problem from result
             if isinstance(result, Exception):
                 raise result
+        if explain is not None:
+            return model, found
         for i, prediction in zip(good, found, strict=True):
             encoded[i] = prediction if prediction.error is None else prediction.error
         return model, encoded

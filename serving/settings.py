@@ -32,8 +32,8 @@ class ServingSettings:
     max_adapters: int = setting(16, "adapters in memory; of more the least recently used leave it")
     queue_tokens: int | None = setting(
         None,
-        "tokens that may wait; beyond that the answer is 503 (default: twice what is scored in one "
-        "go, so that nobody waits long)",
+        "tokens that may wait; beyond that the answer is 503 (default: twice what is scored at "
+        "once, so that nobody waits long)",
     )
     deadline_sec: float = setting(30.0, "seconds after which a waiting request is given up")
     max_text_chars: int = setting(20_000, "longest text, in characters")

@@ -1,10 +1,13 @@
-"""One thread owns the model: a queue that is bounded in tokens, and batches that fill themselves.
+"""A queue that is bounded in tokens, and a thread that fills batches from it.
 
-Requests put `Job`s into the queue and wait for the job's future. The worker takes what is waiting,
-up to a budget of tokens, scores it in one go and comes back for more: under light load a text is
-scored at once and alone, under heavy load many together, and nothing ever waits for company. Jobs
-take turns row by row, so a long one delays a short one by a batch and not by its whole length.
-Nothing here knows of HTTP.
+Requests put `Job`s into the queue and wait for the job's future. One thread owns the model: it
+takes what is waiting, up to a budget of tokens, whenever a batch can be scored, has the adapters
+that are asked brought into memory, and hands the batch to a pool, where the model scores a few at a
+time (`parallel`: one on a GPU, on a CPU as many as keep its cores busy). So the answers of one
+batch are sent, and the next one fills, while another is scored. Under light load a text is scored
+at once and alone, under heavy load many together, and nothing ever waits for company. Jobs take
+turns row by row, so a long one delays a short one by a batch and not by its whole length. Nothing
+here knows of HTTP.
 """
 
 import logging
@@ -12,7 +15,7 @@ import math
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from serving.problems import Problem
@@ -20,18 +23,19 @@ from settings import UserError
 
 log = logging.getLogger("howsure")
 
+LEAST_TOKENS = 512  # of a batch while more wait: smaller ones cost more than they save in waiting
+
 
 @dataclass(eq=False)
 class Job:
-    """Texts for one model. tokens: of each text's prompt; deadline: of time.monotonic().
+    """Texts for one model. rows: `serving.models.EncodedText`s; deadline: of time.monotonic().
 
     explain: number of next tokens to show of the one text, None to classify. The future's result is
-    a list with a `Prediction` or an exception for each text, or an `Explanation`.
+    a list with a `Prediction` (or an `Explanation`) or an exception for each text.
     """
 
     model: object
-    texts: list
-    tokens: list
+    rows: list
     deadline: float
     explain: int | None = None
     future: Future = field(default_factory=Future)
@@ -40,10 +44,10 @@ class Job:
 
     @property
     def waiting_tokens(self):
-        return sum(self.tokens[self.taken :])
+        return sum(row.tokens for row in self.rows[self.taken :])
 
     def finish(self, result=None, error=None):
-        """Give the result to whoever still waits for it; once, and from the worker alone."""
+        """Give the result to whoever still waits for it; once."""
         if self.future.done() or not self.future.set_running_or_notify_cancel():
             return
         if error is not None:
@@ -88,15 +92,16 @@ class TokenQueue:
         with self._changed:
             self.check_room()
             self.tokens += job.waiting_tokens
-            self.rows += len(job.texts)
+            self.rows += len(job.rows)
             self._jobs.append(job)
             self._changed.notify()
 
-    def take(self, budget):
-        """[(job, row)] of at most `budget` tokens, at least one row; waits for one. [] at the end.
+    def take(self, most_tokens, parallel=1, most_models=math.inf):
+        """[(job, row number)], at least one; waits for it. [] at the end.
 
-        A job that explains is taken alone. Jobs whose client is gone are dropped, those beyond
-        their deadline are answered with a Problem.
+        At most `most_tokens`, and of what waits the share of one of `parallel` batches, unless that
+        is little; of at most `most_models` models. A job that explains is taken alone. Jobs whose
+        client is gone are dropped, those beyond their deadline are answered with a Problem.
         """
         with self._changed:
             while True:
@@ -104,11 +109,12 @@ class TokenQueue:
                     self._changed.wait()
                 if not self._jobs:
                     return []
-                if batch := self._drain(budget):
+                share = max(LEAST_TOKENS, self.tokens / parallel)
+                if batch := self._drain(min(most_tokens, share), most_models):
                     return batch
 
-    def _drain(self, budget):
-        batch, used, now = [], 0, time.monotonic()
+    def _drain(self, budget, most_models):
+        batch, models, used, now = [], set(), 0, time.monotonic()
         while self._jobs:
             job = self._jobs[0]
             if job.future.cancelled() or now > job.deadline or job.future.done():
@@ -122,16 +128,18 @@ class TokenQueue:
                     )
                 )
                 continue
-            tokens = job.tokens[job.taken]
-            if batch and (used + tokens > budget or job.explain is not None):
+            tokens = job.rows[job.taken].tokens
+            too_many = len(models | {job.model}) > most_models
+            if batch and (used + tokens > budget or too_many or job.explain is not None):
                 break
             self._jobs.popleft()
             batch.append((job, job.taken))
+            models.add(job.model)
             used += tokens
             job.taken += 1
             self.tokens -= tokens
             self.rows -= 1
-            if job.taken < len(job.texts):
+            if job.taken < len(job.rows):
                 self._jobs.append(job)
             if job.explain is not None:
                 break
@@ -139,7 +147,7 @@ class TokenQueue:
 
     def _forget(self, job):
         self.tokens -= job.waiting_tokens
-        self.rows -= len(job.texts) - job.taken
+        self.rows -= len(job.rows) - job.taken
 
     def close(self):
         """Take no more jobs; those that wait are still handed out."""
@@ -149,11 +157,11 @@ class TokenQueue:
 
 
 class ModelWorker:
-    """The thread of the model.
+    """The thread of the model, and the pool in which its batches are scored.
 
-    load: called in the thread, gives the `serving.models.SharedModel`, whose `go_tokens` bound what
-    is scored in one go. observe(rows, tokens, seconds): called after each go. on_failure(error):
-    called if the model cannot be loaded; the worker has ended then.
+    load: called in the thread, gives the `serving.models.SharedModel`, which says how many batches
+    of how many tokens. observe(rows, tokens, seconds): called after each. on_failure(error): called
+    if the model cannot be loaded; the worker has ended then.
     """
 
     def __init__(self, load, queue, observe, on_failure):
@@ -161,6 +169,8 @@ class ModelWorker:
         self.model, self.failure = None, None
         self._load, self._on_failure = load, on_failure
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+        self._results = threading.Lock()  # of jobs, whose rows may be in several batches
+        self._slots = None  # one for each batch that may be scored at the same time
 
     def start(self):
         self._thread.start()
@@ -180,42 +190,70 @@ class ModelWorker:
             self.queue.close()
             self._on_failure(error)
             return
-        while batch := self.queue.take(self.model.go_tokens):
-            self._go(batch)
+        model, self._slots = self.model, threading.Semaphore(self.model.parallel)
+        with ThreadPoolExecutor(model.parallel, thread_name_prefix="scoring") as pool:
+            while True:
+                self._slots.acquire()  # before anything is taken: until then the batch can grow
+                batch = self.queue.take(model.batch_tokens, model.parallel, model.max_adapters)
+                if not batch:
+                    return
+                pool.submit(self._go, self._with_adapters(batch))
+
+    def _with_adapters(self, batch):
+        """The rows whose adapters are in memory now; the others are answered with the reason."""
+        models = dict.fromkeys(job.model for job, _ in batch)
+        failed = self.model.prepare(list(models), self._wait_until_idle)
+        missing = [(job, row) for job, row in batch if job.model in failed]
+        self._give(missing, [failed[job.model] for job, _ in missing])
+        return [(job, row) for job, row in batch if job.model not in failed]
+
+    def _wait_until_idle(self):
+        """Returns when nothing is being scored; a slot is the caller's own."""
+        others = range(self.model.parallel - 1)
+        for _ in others:
+            self._slots.acquire()
+        for _ in others:
+            self._slots.release()
 
     def _go(self, batch):
+        """Score a batch and free its slot; in the pool."""
         started = time.perf_counter()
-        job = batch[0][0]
-        if job.explain is not None:
-            self._explain(job)
-        else:
-            self._classify(batch)
-        seconds = time.perf_counter() - started
-        tokens = sum(job.tokens[row] for job, row in batch)
-        self.queue.tokens_per_sec += 0.1 * (tokens / seconds - self.queue.tokens_per_sec)
-        self.observe(len(batch), tokens, seconds)
-
-    def _explain(self, job):
         try:
-            job.finish(self.model.explain(job.model, job.texts[0], job.explain))
-        except Exception as error:  # whatever it is, the worker goes on
-            log_unexpected(error)
-            job.finish(error=error)
+            if batch:
+                self._score(batch)
+        finally:
+            self._slots.release()
+        if batch:
+            seconds = time.perf_counter() - started
+            tokens = sum(job.rows[row].tokens for job, row in batch)
+            speed = self.model.parallel * tokens / seconds
+            self.queue.tokens_per_sec += 0.1 * (speed - self.queue.tokens_per_sec)
+            self.observe(len(batch), tokens, seconds)
 
-    def _classify(self, batch):
+    def _score(self, batch):
+        (job, row), explain = batch[0], batch[0][0].explain
         try:
-            results = self.model.classify([(job.model, job.texts[row]) for job, row in batch])
+            if explain is None:
+                results = self.model.classify([(job.model, job.rows[row]) for job, row in batch])
+            else:
+                results = [self.model.explain(job.model, job.rows[row], explain)]
         except Exception as error:  # whatever it is, the worker goes on
             if len(batch) > 1:  # one row must not fail the others
                 for one in batch:
-                    self._classify([one])
+                    self._score([one])
                 return
             log_unexpected(error)
             results = [error]
+        self._give(batch, results)
+
+    def _give(self, batch, results):
+        """Note the results of rows, and answer the jobs that have all of theirs."""
         for (job, row), result in zip(batch, results, strict=True):
-            job.results[row] = result
-            if len(job.results) == len(job.texts):
-                job.finish([job.results[i] for i in range(len(job.texts))])
+            with self._results:
+                job.results[row] = result
+                complete = len(job.results) == len(job.rows)
+            if complete:
+                job.finish([job.results[i] for i in range(len(job.rows))])
 
 
 def log_unexpected(error):

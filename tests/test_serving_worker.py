@@ -2,6 +2,7 @@
 
 import threading
 import time
+from typing import NamedTuple
 
 import pytest
 
@@ -10,30 +11,65 @@ from serving.worker import Job, ModelWorker, TokenQueue
 from settings import UserError
 
 
+class Row(NamedTuple):
+    text: str
+    tokens: int
+
+
 def job(texts=("a",), tokens=None, deadline_sec=60.0, model="base", explain=None):
     tokens = [10] * len(texts) if tokens is None else tokens
-    return Job(model, list(texts), list(tokens), time.monotonic() + deadline_sec, explain)
+    rows = [Row(text, n) for text, n in zip(texts, tokens, strict=True)]
+    return Job(model, rows, time.monotonic() + deadline_sec, explain)
+
+
+def texts_of(batch):
+    return [one.rows[row].text for one, row in batch]
 
 
 class EchoModel:
-    """Answers a text with itself; records the batches. A text "bad" raises, "missing" cannot be."""
+    """Answers a text with itself; records the batches. A text "bad" raises, "missing" cannot be.
 
-    go_tokens = 100
+    The model "absent" cannot be loaded; to load one it must be idle.
+    """
 
-    def __init__(self, gate=None):
-        self.batches, self.gate = [], gate
+    batch_tokens, max_adapters = 100, 2
+
+    def __init__(self, gate=None, parallel=1):
+        self.batches, self.gate, self.parallel = [], gate, parallel
+        self.scoring, self.most_scoring, self.loaded = 0, 0, {"base"}
+        self._lock = threading.Lock()
+
+    def prepare(self, models, wait_until_idle):
+        assert len(models) <= self.max_adapters
+        failed = {}
+        for model in set(models) - self.loaded:
+            wait_until_idle()
+            assert self.scoring == 0
+            if model == "absent":
+                failed[model] = UserError("no such adapter")
+            else:
+                self.loaded.add(model)
+        return failed
 
     def classify(self, rows):
-        self.batches.append([text for _, text in rows])
-        if self.gate is not None:
-            self.gate.wait(30)
-        if any(text == "bad" for _, text in rows):
-            raise RuntimeError("a bug")
-        return [UserError("gone") if text == "missing" else text for _, text in rows]
+        with self._lock:
+            self.scoring += 1
+            self.most_scoring = max(self.most_scoring, self.scoring)
+            self.batches.append([row.text for _, row in rows])
+        try:
+            assert {model for model, _ in rows} <= self.loaded
+            if self.gate is not None:
+                self.gate.wait(30)
+            if any(row.text == "bad" for _, row in rows):
+                raise RuntimeError("a bug")
+            return [UserError("gone") if row.text == "missing" else row.text for _, row in rows]
+        finally:
+            with self._lock:
+                self.scoring -= 1
 
-    def explain(self, model, text, k):
-        self.batches.append([f"explain {text}"])
-        return (text, k)
+    def explain(self, model, row, k):
+        self.batches.append([f"explain {row.text}"])
+        return (row.text, k)
 
 
 def running(model, queue, observe=lambda *_: None):
@@ -44,11 +80,12 @@ def running(model, queue, observe=lambda *_: None):
 
 def test_each_job_gets_its_own_answers_in_order():
     queue, model = TokenQueue(10_000), EchoModel()
-    jobs = [job([f"{i}-{k}" for k in range(i % 7 + 1)]) for i in range(50)]
+    texts = [[f"{i}-{k}" for k in range(i % 7 + 1)] for i in range(50)]
+    jobs = [job(own) for own in texts]
     for one in jobs:
         queue.put(one)
     worker = running(model, queue)
-    assert [one.future.result(30) for one in jobs] == [one.texts for one in jobs]
+    assert [one.future.result(30) for one in jobs] == texts
     worker.stop()
     assert (queue.rows, queue.tokens) == (0, 0)
     assert max(len(batch) for batch in model.batches) == 10  # 100 tokens of 10 each
@@ -63,10 +100,10 @@ def test_the_queue_is_bounded_in_tokens_but_takes_any_job_until_it_is_full():
     assert caught.value.kind == "queue-full"
     assert caught.value.status == 503
     assert caught.value.retry_after_sec >= 1
-    assert queue.take(100)[0][0].texts == ["short"]
+    assert texts_of(queue.take(100)) == ["short"]
     with pytest.raises(Problem):
         queue.put(job(["short"], [1]))
-    assert queue.take(100)[0][0].texts == ["long"]
+    assert texts_of(queue.take(100)) == ["long"]
     queue.put(job(["short"], [1]))
 
 
@@ -74,7 +111,7 @@ def test_a_batch_stays_within_its_budget_unless_one_text_alone_exceeds_it():
     queue = TokenQueue(10_000)
     for tokens in (40, 40, 40, 500, 10):
         queue.put(job([str(tokens)], [tokens]))
-    taken = [[one.texts[row] for one, row in queue.take(100)] for _ in range(4)]
+    taken = [texts_of(queue.take(100)) for _ in range(4)]
     assert taken == [["40", "40"], ["40"], ["500"], ["10"]]
 
 
@@ -82,7 +119,7 @@ def test_a_long_job_does_not_keep_a_short_one_waiting():
     queue = TokenQueue(10_000)
     queue.put(job([f"long {i}" for i in range(100)]))
     queue.put(job(["short"]))
-    assert "short" in [one.texts[row] for one, row in queue.take(100)]
+    assert "short" in texts_of(queue.take(100))
 
 
 def test_cancelled_jobs_are_dropped_and_late_ones_answered_so():
@@ -121,7 +158,7 @@ def test_a_job_that_explains_is_taken_alone():
     for one in jobs:
         queue.put(one)
     worker = running(model, queue)
-    assert jobs[1].future.result(30) == ("b", 3)
+    assert jobs[1].future.result(30) == [("b", 3)]
     assert jobs[2].future.result(30) == ["c"]
     worker.stop()
     assert model.batches == [["a"], ["explain b"], ["c"]]
@@ -160,20 +197,21 @@ def test_a_model_that_cannot_be_loaded_is_reported_and_ends_the_worker():
 
 
 def test_many_threads_lose_nothing_and_mix_up_nothing():
-    queue, model, observed = TokenQueue(1000), EchoModel(), []
+    queue, model, observed = TokenQueue(1000), EchoModel(parallel=3), []
     worker = running(model, queue, observe=lambda *numbers: observed.append(numbers))
     refused, wrong = [], []
 
     def client(number):
         for i in range(200):
-            mine = job([f"{number}-{i}-{k}" for k in range(i % 3 + 1)])
+            texts = [f"{number}-{i}-{k}" for k in range(i % 3 + 1)]
+            mine = job(texts, model=f"model-{(number + i // 50) % 3}")
             try:
                 queue.put(mine)
             except Problem as problem:
                 refused.append(problem.kind)
                 continue
-            if mine.future.result(30) != mine.texts:
-                wrong.append(mine.texts)
+            if mine.future.result(30) != texts:
+                wrong.append(texts)
 
     threads = [threading.Thread(target=client, args=(n,)) for n in range(16)]
     for thread in threads:
@@ -184,3 +222,55 @@ def test_many_threads_lose_nothing_and_mix_up_nothing():
     assert wrong == [] and set(refused) <= {"queue-full"}
     assert (queue.rows, queue.tokens) == (0, 0)
     assert sum(rows for rows, _, _ in observed) == sum(len(batch) for batch in model.batches)
+
+
+def test_what_waits_is_shared_among_the_batches_that_can_be_scored():
+    queue = TokenQueue(10_000)
+    for number in range(100):
+        queue.put(job([f"{number}"], [10]))
+    assert len(queue.take(2000, parallel=2)) == 50
+    assert len(queue.take(2000, parallel=2)) == 25  # 256 tokens are not worth dividing
+    assert len(queue.take(2000, parallel=2)) == 25
+
+
+def test_a_batch_asks_no_more_adapters_than_fit_into_memory():
+    queue = TokenQueue(10_000)
+    for number in range(9):
+        queue.put(job([f"{number}"], model=f"model-{number % 3}"))
+    assert texts_of(queue.take(1000, most_models=2)) == ["0", "1"]
+    assert texts_of(queue.take(1000, most_models=1)) == ["2"]
+    assert texts_of(queue.take(1000, most_models=3)) == ["3", "4", "5", "6", "7", "8"]
+
+
+def test_several_batches_are_scored_at_once_and_none_while_an_adapter_is_loaded():
+    gate = threading.Event()
+    queue, model = TokenQueue(10_000), EchoModel(gate, parallel=2)
+    first = [job([f"{i}"], [100]) for i in range(2)]
+    for one in first:
+        queue.put(one)
+    worker = running(model, queue)
+    until = time.monotonic() + 30
+    while model.most_scoring < 2 and time.monotonic() < until:
+        time.sleep(0.001)
+    assert model.most_scoring == 2
+    later = [job(["other"], model="other"), job(["lost"], model="absent"), job(["last"])]
+    for one in later:
+        queue.put(one)
+    gate.set()
+    assert later[0].future.result(30) == ["other"]
+    (error,) = later[1].future.result(30)
+    assert str(error) == "no such adapter"
+    assert later[2].future.result(30) == ["last"]
+    assert [one.future.result(30) for one in first] == [["0"], ["1"]]
+    worker.stop()
+
+
+def test_an_explanation_of_a_missing_adapter_says_why():
+    queue, model = TokenQueue(10_000), EchoModel()
+    mine = job(["a"], model="absent", explain=3)
+    queue.put(mine)
+    worker = running(model, queue)
+    (error,) = mine.future.result(30)
+    assert str(error) == "no such adapter"
+    worker.stop()
+    assert model.batches == []
