@@ -12,11 +12,13 @@ import logging
 import math
 import os
 import pickle
+import socket
 from contextlib import contextmanager
 
 from settings import UserError
 
 REQUIREMENT = "ray[data]==2.60.0"  # of requirements-ray.txt
+CONNECT_SEC = 10.0
 STORE_BYTES = 200_000_000  # object store of a cluster that is started here; chunks are small
 
 
@@ -54,6 +56,7 @@ class Cluster:
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.target_max_block_size = 1  # a block is one row, a row one chunk; never joined
+        context.raise_original_map_exception = True
         context.enable_progress_bars = False
         source = ray.data.read_datasource(chunk_source(chunks), num_cpus=0, override_num_blocks=1)
         answers = source.map_batches(
@@ -75,13 +78,10 @@ def connect(address):
     if address is None:
         # What Ray does by itself on macOS and Windows: listen on the loopback address alone.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    elif address.startswith("ray://"):
-        raise UserError(
-            f"--ray-address {address} is for Ray's client; run this command on a machine of the "
-            "cluster and give --ray-address auto"
-        )
+    elif address != "auto":
+        require_listener(address)
     try:
-        import ray
+        import ray.data
     except ImportError as error:
         raise UserError(
             f'--engine ray needs Ray, which is not installed; run: pip install "{REQUIREMENT}"'
@@ -97,8 +97,20 @@ def connect(address):
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"cannot reach a Ray cluster at {address} ({reason}); start it with: ray start --head, "
-            "or leave out --ray-address"
+            f"no Ray cluster at {address or 'this machine'} ({reason}); start one with: ray start "
+            "--head, or leave out --ray-address"
+        ) from error
+
+
+def require_listener(address):
+    """Raises UserError unless something listens at `address`; Ray would wait for it."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_SEC).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"no Ray cluster at {address} ({error}); --ray-address is auto on a machine of the "
+            "cluster, or like 10.0.0.1:6379, the address that ray start has named"
         ) from error
 
 
@@ -130,7 +142,9 @@ def user_errors():
     except Exception as error:
         cause = error
         while cause is not None:
-            if type(cause) is UserError:  # RayTaskError passes for one, with a traceback as its text
+            if (
+                type(cause) is UserError
+            ):  # RayTaskError passes for one, with a traceback as its text
                 raise cause from None
             cause = getattr(cause, "cause", None) or cause.__cause__
         if isinstance(error, RayError) and not isinstance(error, RayTaskError | UserCodeException):
