@@ -3,9 +3,10 @@
     pip install -r requirements-ray.txt
     python classify_cli.py --engine ray --workers 2 --file reviews.csv --output scored.csv
 
-Ray Data moves the chunks: a task beside this process reads them, each worker takes the next one when
-it is free, and the answers come back in the order of the chunks. How many are under way is bounded by
-Ray's object store, not by the file. A worker that dies is started again, and its chunk with it.
+Ray Data moves the chunks: a task beside this process reads them, each worker takes the next one
+when it is free, and the answers come back in the order of the chunks. How many are under way is
+bounded by Ray's object store, not by the file. A worker that dies is started again, and its chunk
+with it.
 """
 
 import logging
@@ -47,9 +48,9 @@ class Cluster:
     def score(self, load, depends, chunks):
         """Yields what `load().score` answers to each chunk, in their order.
 
-        load: a function that makes a scorer, once in every worker; depends: what its `depends` must
-        be everywhere. chunks: a function that gives the chunks, called in a process beside this one.
-        Raises UserError.
+        load: a function that makes a scorer, once in every worker; depends: what its `depends`
+        must be everywhere. chunks: a function that gives the chunks, called in another process of
+        this machine. Raises UserError.
         """
         import ray.data
 
@@ -142,10 +143,10 @@ def user_errors():
     except Exception as error:
         cause = error
         while cause is not None:
-            if (
-                type(cause) is UserError
-            ):  # RayTaskError passes for one, with a traceback as its text
-                raise cause from None
+            # A RayTaskError passes for a UserError too, with a traceback as its text. Ray Data adds
+            # lines about itself to the text of the real one.
+            if type(cause) is UserError:
+                raise UserError(str(cause).splitlines()[0]) from None
             cause = getattr(cause, "cause", None) or cause.__cause__
         if isinstance(error, RayError) and not isinstance(error, RayTaskError | UserCodeException):
             raise UserError(
