@@ -279,7 +279,7 @@ def test_an_interruption_is_one_line(unfinished):
     os.killpg(process.pid, signal.SIGINT)
     code, shown, errors = finish(process)
     assert (code, shown) == (1, "")
-    lines = [line for line in errors.splitlines() if line.strip() and "row/s" not in line]
+    lines = [line for line in errors.splitlines() if line.strip() and "/1500 [" not in line]
     assert lines == ["interrupted; the same command continues where it stopped"]
     assert_ended(workers)
-    assert_goes_on(flags, output)
+    assert_goes_on(flags[:-2], output)  # with the local engine, whose answers are the same
