@@ -19,6 +19,10 @@ from contextlib import contextmanager
 from settings import UserError
 
 REQUIREMENT = "ray[data]==2.60.0"  # of requirements-ray.txt
+STATISTICS = "RAY_USAGE_STATS_ENABLED"
+# At 0 Ray listens on the loopback address alone, as it does by itself on macOS and Windows; it is
+# read when Ray is imported. No parameter of Ray's says the same.
+LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 CONNECT_SEC = 10.0
 STORE_BYTES = 200_000_000  # object store of a cluster that is started here; chunks are small
 
@@ -75,10 +79,9 @@ class Cluster:
 
 def connect(address):
     """Be a part of the cluster at `address`, or start one. Raises UserError."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ[STATISTICS] = "0"
     if address is None:
-        # What Ray does by itself on macOS and Windows: listen on the loopback address alone.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        os.environ[LOOPBACK_ONLY] = "0"
     elif address != "auto":
         require_listener(address)
     try:
