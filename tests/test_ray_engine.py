@@ -222,7 +222,7 @@ def test_a_file_gets_the_answers_of_the_local_engine(tmp_path):
 def unfinished(tmp_path):
     """(flags, process, Unfinished) of a run that has answered, and is not done."""
     path, made = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    write_rows(path, [f"{TEXTS[i % 3]} {i}" for i in range(1500)])
+    write_rows(path, [f"{TEXTS[i % 3]} {i}" for i in range(900)])
     flags = [f"--file={path}", f"--output={made}", "--chunk-rows=5", "--engine=ray", "--workers=2"]
     process, unfinished = start(*flags), Unfinished(made)
     try:
@@ -243,10 +243,10 @@ def assert_goes_on(flags, unfinished):
     """The same command finishes the file, without what was done."""
     assert not unfinished.output.exists()
     code, output, errors = finish(start(*flags))
-    assert code == 0 and "1,500 rows, 1,500 scored" in output
+    assert code == 0 and "900 rows, 900 scored" in output
     assert "continuing after row " in errors
     found = read_rows(unfinished.output)
-    assert [row["n"] for row in found] == list(range(1500))
+    assert [row["n"] for row in found] == list(range(900))
     assert all(row["predicted"] and row["error"] is None for row in found)
 
 
@@ -279,7 +279,7 @@ def test_an_interruption_is_one_line(unfinished):
     os.killpg(process.pid, signal.SIGINT)
     code, shown, errors = finish(process)
     assert (code, shown) == (1, "")
-    lines = [line for line in errors.splitlines() if line.strip() and "/1500 [" not in line]
+    lines = [line for line in errors.splitlines() if line.strip() and "/900 [" not in line]
     assert lines == ["interrupted; the same command continues where it stopped"]
     assert_ended(workers)
     assert_goes_on(flags[:-2], output)  # with the local engine, whose answers are the same
