@@ -21,6 +21,8 @@ The calibrator is the one that generate_evaluation_cache.py chose for exactly th
 question and dtype; where there is none, the output says so and stays uncalibrated. The output
 appears as a whole. Until then its rows are in a hidden file beside it, and after an interruption,
 of whatever kind, the same command continues after the last finished chunk.
+With --engine ray the workers of a Ray cluster score a file, each with a model of its own;
+docs/SCALING.md.
 With --server a running classify_api.py answers, with its models and their calibrators, and nothing
 is loaded here; its key, if it has one, is taken from HOWSURE_API_KEY.
 Exit codes: 0 done, 1 failed or no row could be scored, 2 bad usage.
@@ -39,6 +41,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -102,6 +105,27 @@ class Scorer:
     rows: int | None
     reason: str | None
 
+    def score_table(self, table, skip):
+        """Yields (rows, their answers) for the chunks of a `Table` behind its first `skip` rows."""
+        for rows, texts in table.chunks(skip):
+            yield rows, self.score(texts)
+
+
+class RayScorer(Scorer):
+    """The `Scorer` of a `ray_engine.Cluster`: it is given chunks of a table only."""
+
+    def score_table(self, table, skip):
+        # The texts are read once more in a process of Ray's; the rows themselves stay here.
+        chunks = zip(table.chunks(skip), self.score(partial(texts_of, table, skip)), strict=True)
+        for (rows, _), answers in chunks:
+            yield rows, answers
+
+
+def texts_of(table, skip):
+    """Yields the texts of every chunk behind the first `skip` rows."""
+    for _, texts in table.chunks(skip):
+        yield texts
+
 
 def local_scorer(classifier, calibrator, reason=None):
     """The `Scorer` of a classifier. calibrator: of exactly this classifier, or None."""
@@ -135,6 +159,17 @@ def local_scorer(classifier, calibrator, reason=None):
     }
     name, rows = (None, None) if calibrator is None else (calibrator.name, calibrator.n_rows)
     return Scorer(score, depends, name, rows, reason)
+
+
+def ray_scorer(cluster, load):
+    """The `Scorer` of a `ray_engine.Cluster`. load: makes the `Scorer` of a worker there."""
+
+    def description():
+        scorer = load()
+        return scorer.depends, scorer.calibrator, scorer.rows, scorer.reason
+
+    depends, *calibrator = cluster.ask(description)
+    return RayScorer(partial(cluster.score, load, depends), depends, *calibrator)
 
 
 def server_scorer(model):
@@ -596,7 +631,7 @@ class Unfinished:
             path.unlink(missing_ok=True)
 
 
-def classify_file(table, score, settings, unfinished):
+def classify_file(table, scorer, settings, unfinished):
     """Score every row that is missing. Raises UserError; what is done is kept then."""
     from tqdm import tqdm
 
@@ -605,12 +640,11 @@ def classify_file(table, score, settings, unfinished):
     if not finished:
         done = unfinished.rows
         with tqdm(total=table.n_rows, initial=done, unit="row", file=sys.stderr) as bar:
-            for rows, texts in table.chunks(done):
-                answers = score(texts)
+            for rows, answers in scorer.score_table(table, done):
                 raw = table.encode(rows, answers, first=unfinished.rows == 0)
                 with unfinished.writing():
                     unfinished.add(raw, answers)
-                bar.update(len(texts))
+                bar.update(len(answers))
         if table.changed():
             raise UserError(f"{table.path} changed while it was read; run the same command again")
     with unfinished.writing():
@@ -654,6 +688,25 @@ def parse_arguments(argv):
         help="ask the classify_api.py that runs there and load nothing here; --model is then base, "
         "finetuned or the name of an adapter of that server",
     )
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: score a --file on a Ray cluster, with a model in every worker (default: local)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="workers of --engine ray (default: one for every GPU of the cluster; without GPUs one "
+        "for every machine, with all its cores)",
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="running cluster of --engine ray that this machine is part of, such as auto (default: "
+        "one is started on this machine, for this run)",
+    )
     add_classifier_arguments(parser)
     add_arguments(parser, ModelSettings, leave_out=("model",))
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -670,8 +723,16 @@ def parse_arguments(argv):
         parser.error("--file needs --output, the file of the answers")
     elif arguments.file.resolve() == arguments.output.resolve():
         parser.error("--output must be another file than --file")
+    if arguments.engine != "ray":
+        for name in ("workers", "ray_address"):
+            if getattr(arguments, name) is not None:
+                parser.error(f"--{name.replace('_', '-')} is for --engine ray")
+    elif arguments.file is None:
+        parser.error("--engine ray is for a --file, and there is none")
+    elif arguments.workers is not None and arguments.workers < 1:
+        parser.error(f"--workers must be at least 1, got {arguments.workers}")
     if arguments.server is not None:
-        own = ("adapter", "task", "cache_dir", *(f.name for f in fields(ModelSettings)))
+        own = ("engine", "adapter", "task", "cache_dir", *(f.name for f in fields(ModelSettings)))
         for name in own:
             if name != "model" and getattr(arguments, name) != parser.get_default(name):
                 parser.error(f"--{name.replace('_', '-')} is for a model here, not for a --server")
@@ -686,11 +747,23 @@ def load_scorer(arguments):
 
         model = RemoteModel(arguments.server, arguments.model or "base", api_key())
         scorer = server_scorer(model)
+    elif arguments.engine == "ray":
+        from ray_engine import Cluster
+
+        uses_gpu = arguments.device in ("auto", "cuda")
+        cluster = Cluster(arguments.ray_address, arguments.workers, uses_gpu)
+        scorer = ray_scorer(cluster, partial(load_worker_scorer, arguments, os.getcwd()))
     else:
         scorer = load_local_scorer(arguments)
     if scorer.reason is not None:
         print(f"no calibrated confidence: {scorer.reason}", file=sys.stderr)
     return scorer
+
+
+def load_worker_scorer(arguments, folder):
+    """The `Scorer` of a worker, for which relative paths begin in `folder` as they do here."""
+    os.chdir(folder)
+    return load_local_scorer(arguments)
 
 
 def load_local_scorer(arguments):
@@ -805,7 +878,7 @@ def run_file(arguments):
             "rows of a chunk": table.chunk_rows,
             **scorer.depends,
         }
-        classify_file(table, scorer.score, settings, unfinished)
+        classify_file(table, scorer, settings, unfinished)
     counts = unfinished.counts
     if arguments.json:
         print(json.dumps(summary(arguments.output, counts, scorer)))

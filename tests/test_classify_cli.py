@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 import classify_cli
+import ray_engine
 from calibration import PlattScalingCalibrator
 from classify_cli import CHUNK_ROWS, COLUMNS, Unfinished, main, open_table, rounded
 from decisions import ZONES, zone_of
@@ -490,6 +491,17 @@ def test_the_output_has_the_format_of_the_input(command, tmp_path, capsys, name,
         (["a", "--chunk-rows", "3"], "--chunk-rows is for a --file"),
         (["--file", "b.csv", "--output", "./b.csv"], "must be another file"),
         (["--file", "b.csv", "--output", "c.csv", "--chunk-rows", "0"], "must be at least 1"),
+        (["a", "--engine", "ray"], "--engine ray is for a --file"),
+        (["a", "--workers", "2"], "--workers is for --engine ray"),
+        (["a", "--ray-address", "auto"], "--ray-address is for --engine ray"),
+        (
+            ["--file=b.csv", "--output=c.csv", "--engine=ray", "--workers=0"],
+            "--workers must be at least 1, got 0",
+        ),
+        (
+            ["--file=b.csv", "--output=c.csv", "--engine=ray", "--server=http://a"],
+            "--engine is for a model here",
+        ),
     ],
 )
 def test_bad_usage_is_exit_code_2(arguments, message, capsys):
@@ -497,6 +509,20 @@ def test_bad_usage_is_exit_code_2(arguments, message, capsys):
         main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_without_ray_one_line_says_how_to_get_it(tmp_path, capsys, monkeypatch):
+    requirement = ray_engine.REQUIREMENT
+    assert requirement in (ROOT / "requirements-ray.txt").read_text().splitlines()
+    for name in ("ray", "ray.data"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in (ray_engine.STATISTICS, ray_engine.LOOPBACK_ONLY):
+        monkeypatch.setenv(name, "0")
+    path, made = write_csv(tmp_path / "a.csv", [["text"], ["a"]]), tmp_path / "b.csv"
+    assert main([f"--file={path}", f"--output={made}", "--engine=ray"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and line.endswith(f'; run: pip install "{requirement}"')
+    assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]
 
 
 # Interruptions

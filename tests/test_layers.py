@@ -24,6 +24,7 @@ LAYERS = {
     "report": 1,
     "risk_control": 1,
     "engine": 2,
+    "ray_engine": 2,
     "table_files": 1,
     "signal_comparison": 1,
     "signals": 1,
@@ -52,7 +53,7 @@ LAYERS = {
 # What a layer may import besides the standard library; layers 2 and 3 may import anything but
 # matplotlib, which is for charts alone.
 LIBRARIES = {0: {"numpy"}, 1: {"numpy", "scipy", "sklearn", "pandas", "pyarrow"}}
-HEAVY = {"torch", "transformers", "peft", "matplotlib"}  # --help must not wait for them
+HEAVY = {"torch", "transformers", "peft", "matplotlib", "ray"}  # --help must not wait for them
 HELP_CPU_SEC = 1.0
 HELP_WALL_SEC = 2.0  # twice that: the machine may be busy with other things
 
