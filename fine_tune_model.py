@@ -658,6 +658,7 @@ def fine_tune(task, model, data, training, output, force=False):
     )
 
     check_training(training)
+    check_launch()
     examples = load_splits(data, task)
     data_print = data_fingerprint(examples)
     run_print = training_fingerprint(data_print, task, model_fingerprint(model), training)
@@ -717,6 +718,16 @@ def fine_tune(task, model, data, training, output, force=False):
     write_result(folder, classifier, task, checkpoint, held_out, metrics, manifest)
     checkpoint.remove()
     return "trained"
+
+
+def check_launch():
+    """Raises UserError where `accelerate launch` divides the model itself among the processes."""
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise UserError(
+                f"{name} divides the model among processes, which this training does not do; "
+                "launch with --multi_gpu, and where the model does not fit use --quantization 4bit"
+            )
 
 
 def check_training(training):

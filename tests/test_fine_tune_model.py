@@ -168,6 +168,19 @@ def test_training_never_runs_in_float16():
         training_dtype("float16", "cpu")
 
 
+def test_a_launch_that_divides_the_model_is_refused(tmp_path, tiny_csv):
+    """As `accelerate launch --use_fsdp` says it, in a process of its own."""
+    result = subprocess.run(
+        [sys.executable, ROOT / "fine_tune_model.py", "--output-dir", tmp_path],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ACCELERATE_USE_FSDP": "true"},
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: FSDP divides the model") and "4bit" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_result_folder_holds_exactly_the_named_files_and_nothing_is_left_beside_it(trained):
     assert {p.name for p in trained.iterdir()} == {"fine_tuned_sentiment_model"}
     files = list((trained / "fine_tuned_sentiment_model").iterdir())
