@@ -168,7 +168,7 @@ def test_training_never_runs_in_float16():
         training_dtype("float16", "cpu")
 
 
-def test_a_launch_that_divides_the_model_is_refused(tmp_path, tiny_csv):
+def test_a_launch_that_divides_the_model_is_refused(tmp_path):
     """As `accelerate launch --use_fsdp` says it, in a process of its own."""
     result = subprocess.run(
         [sys.executable, ROOT / "fine_tune_model.py", "--output-dir", tmp_path],
