@@ -50,19 +50,21 @@ def folder(tmp_path_factory, classifier):
     return folder
 
 
-def served(folder, *arguments):
-    return ServerProcess(
+@pytest.fixture(scope="module")
+def starting(folder):
+    """A server with a small queue, of which nobody has waited until it is ready."""
+    with ServerProcess(
         *("--fine-tuned-dir", folder / "fine_tuned_sentiment_model"),
         *("--adapters-dir", folder / "adapters", "--cache-dir", folder / "evaluation"),
-        *("--deadline-sec", 300, *arguments),
+        *("--deadline-sec", 300, "--queue-tokens", 300),
         environment={API_KEY_VARIABLE: KEY},
-    )
+    ) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
-def server(folder):
-    with served(folder) as server:
-        yield server.wait_until_ready()
+def server(starting):
+    return starting.wait_until_ready()
 
 
 @pytest.fixture
@@ -117,6 +119,13 @@ def read_jsonl(path):
 
 
 # What is answered
+
+
+def test_a_server_that_still_loads_its_model_is_waited_for(starting):
+    """First, since all others wait until it is ready."""
+    result = run(TEXTS[0], f"--server={starting.url}")
+    assert result.returncode == 0 and b"calibrated confidence" in result.stdout
+    assert b"ask again later; asking again in 5 s" in result.stderr
 
 
 @pytest.mark.parametrize("model", ["base", "finetuned", "uncalibrated"])
@@ -193,7 +202,7 @@ def test_more_texts_than_a_request_may_have_are_all_answered(ask, tmp_path, caps
 
 @pytest.mark.parametrize("kind", ["csv.gz", "parquet"])
 def test_killed_again_and_again_a_run_loses_and_doubles_no_row(ask, server, tmp_path, capsys, kind):
-    texts = [f"text {i}" for i in range(150)]
+    texts = [f"text {i}" for i in range(90)]
     path, made = tmp_path / f"a.{kind}", tmp_path / f"b.{kind}"
     table = pandas.DataFrame({"id": range(len(texts)), "text": texts})
     if kind == "parquet":
@@ -226,32 +235,18 @@ def test_killed_again_and_again_a_run_loses_and_doubles_no_row(ask, server, tmp_
 # What can go wrong
 
 
-@pytest.fixture(scope="module")
-def small(folder):
-    """A server with a small queue, of which nobody has waited until it is ready."""
-    with served(folder, "--queue-tokens", 300) as server:
-        yield server
-
-
-def test_a_server_that_still_loads_its_model_is_waited_for(small):
-    result = run(TEXTS[0], f"--server={small.url}")
-    assert result.returncode == 0 and b"calibrated confidence" in result.stdout
-    assert b"ask again later; asking again in 5 s" in result.stderr
-
-
-def test_a_full_queue_is_waited_for(small, tmp_path, monkeypatch, capsys):
+def test_a_full_queue_is_waited_for(server, tmp_path, monkeypatch, capsys):
     """Others keep the queue full until the file was refused, and busy half of the time after that;
     a request of the file is larger than the queue."""
     monkeypatch.setenv(API_KEY_VARIABLE, KEY)
     path = write_rows(tmp_path / "a.csv", ["It was fine, I suppose. " * 10] * 4)
-    small.wait_until_ready()
     stop, refused, said = threading.Event(), [], io.StringIO()
 
     def was_refused():
         return "asking again in " in said.getvalue()
 
     def other(first):
-        with httpx.Client(base_url=small.url, headers={"x-api-key": KEY}, timeout=60) as client:
+        with httpx.Client(base_url=server.url, headers={"x-api-key": KEY}, timeout=60) as client:
             while not stop.is_set() and (first or not was_refused()):
                 texts, started = [f"{TEXTS[0]} {i}" for i in range(20)], time.monotonic()
                 response = client.post("/classify/batch", json={"texts": texts})
@@ -264,7 +259,7 @@ def test_a_full_queue_is_waited_for(small, tmp_path, monkeypatch, capsys):
     while not any(refused):
         time.sleep(0.01)
     with contextlib.redirect_stderr(said):
-        code = main([f"--file={path}", f"--output={tmp_path / 'b.csv'}", f"--server={small.url}"])
+        code = main([f"--file={path}", f"--output={tmp_path / 'b.csv'}", f"--server={server.url}"])
     stop.set()
     for thread in others:
         thread.join(60)

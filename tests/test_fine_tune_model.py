@@ -133,7 +133,7 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def easy_csv(tmp_path_factory):
-    return write_csv(tmp_path_factory.mktemp("data") / "easy.csv", small_rows(400))
+    return write_csv(tmp_path_factory.mktemp("data") / "easy.csv", small_rows(300))
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def tiny_csv(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, easy_csv):
-    """The folder of a finished run on 400 rows, long enough to learn them."""
+    """The folder of a finished run on 300 rows, long enough to learn them."""
     folder = tmp_path_factory.mktemp("trained")
     assert train(folder, easy_csv, epochs=2, rank=16) == "trained"
     return folder
