@@ -251,18 +251,21 @@ def test_a_full_queue_is_waited_for(server, tmp_path, monkeypatch, capsys):
                 texts, started = [f"{TEXTS[0]} {i}" for i in range(20)], time.monotonic()
                 response = client.post("/classify/batch", json={"texts": texts})
                 refused.append(response.status_code == 503)
-                time.sleep(time.monotonic() - started if was_refused() else 0.05)
+                time.sleep(max(0.05, time.monotonic() - started if was_refused() else 0))
 
     others = [threading.Thread(target=other, args=(i == 0,)) for i in range(4)]
     for thread in others:
         thread.start()
-    while not any(refused):
-        time.sleep(0.01)
-    with contextlib.redirect_stderr(said):
-        code = main([f"--file={path}", f"--output={tmp_path / 'b.csv'}", f"--server={server.url}"])
-    stop.set()
-    for thread in others:
-        thread.join(60)
+    try:
+        while not any(refused):
+            time.sleep(0.01)
+        flags = f"--file={path}", f"--output={tmp_path / 'b.csv'}", f"--server={server.url}"
+        with contextlib.redirect_stderr(said):
+            code = main(flags)
+    finally:
+        stop.set()
+        for thread in others:
+            thread.join(60)
     assert code == 0 and "4 rows, 4 scored" in capsys.readouterr().out
     assert was_refused()
 
