@@ -32,6 +32,17 @@ GLM_LIKE_TEMPLATE = (  # the answer begins after a line break that the generatio
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_folder(tmp_path_factory):
+    """What takes long to make and is only read is made once for all processes of the tests."""
+    import simulated_cache
+
+    own = tmp_path_factory.getbasetemp()
+    together = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    simulated_cache.SHARED = together / "simulated_caches"
+    simulated_cache.SHARED.mkdir(exist_ok=True)
+
+
 @pytest.fixture(scope="session")
 def classifier():
     """The embedded model with the sentiment task, in float32."""

@@ -1,11 +1,10 @@
 """Evaluation caches of simulated models, whose faults are known, for tests that need no model."""
 
-import functools
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from comparison import judge_calibrators
 from consistency_confidence import consistency_predictions
@@ -42,6 +41,7 @@ TOPIC = Task(
     tuple(Label(name, (name,)) for name in ("sport", "work", "home", "travel")),
 )
 
+SHARED = Path()  # the folder for CACHES of all processes of a test run, set by conftest.py
 CACHES = {
     "two": {"task": SENTIMENT, "n": 2000},
     "four": {"task": TOPIC, "n": 600, "bins": 12},
@@ -190,14 +190,10 @@ def write_cache(folder, task=SENTIMENT, n=2000, finetuned=True, bins=20):
     return folder
 
 
-@functools.cache
-def _root():
-    return tempfile.TemporaryDirectory(prefix="simulated_caches_")
-
-
-@functools.cache
 def simulated_cache(name):
     """The folder of one of CACHES, written once a test run; copy it before you change it."""
-    folder = Path(_root().name) / name
-    folder.mkdir()
-    return write_cache(folder, **CACHES[name])
+    folder = SHARED / name
+    with FileLock(SHARED / f".{name}.lock"):
+        if not folder.exists():
+            write_cache(SHARED / f".{name}", **CACHES[name]).rename(folder)
+    return folder

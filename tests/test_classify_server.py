@@ -2,8 +2,10 @@
 
 import contextlib
 import csv
+import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx2 as httpx
+import pandas
 import pytest
 
 from api_server import ServerProcess, write_adapter, write_evaluation
@@ -22,6 +25,7 @@ from serving.client import MOST_TEXTS_AT_ONCE
 from serving.problems import KINDS, PROBLEM_JSON, TYPE_PREFIX
 from serving.settings import API_KEY_VARIABLE
 from settings import ROOT
+from test_classify_cli import lines_of
 from test_layers import PROBE
 
 KEY = "correct horse battery staple"
@@ -46,19 +50,21 @@ def folder(tmp_path_factory, classifier):
     return folder
 
 
-def served(folder, *arguments):
-    return ServerProcess(
+@pytest.fixture(scope="module")
+def starting(folder):
+    """A server with a small queue, of which nobody has waited until it is ready."""
+    with ServerProcess(
         *("--fine-tuned-dir", folder / "fine_tuned_sentiment_model"),
         *("--adapters-dir", folder / "adapters", "--cache-dir", folder / "evaluation"),
-        *("--deadline-sec", 300, *arguments),
+        *("--deadline-sec", 300, "--queue-tokens", 300),
         environment={API_KEY_VARIABLE: KEY},
-    )
+    ) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
-def server(folder):
-    with served(folder) as server:
-        yield server.wait_until_ready()
+def server(starting):
+    return starting.wait_until_ready()
 
 
 @pytest.fixture
@@ -113,6 +119,13 @@ def read_jsonl(path):
 
 
 # What is answered
+
+
+def test_a_server_that_still_loads_its_model_is_waited_for(starting):
+    """First, since all others wait until it is ready."""
+    result = run(TEXTS[0], f"--server={starting.url}")
+    assert result.returncode == 0 and b"calibrated confidence" in result.stdout
+    assert b"ask again later; asking again in 5 s" in result.stderr
 
 
 @pytest.mark.parametrize("model", ["base", "finetuned", "uncalibrated"])
@@ -187,62 +200,74 @@ def test_more_texts_than_a_request_may_have_are_all_answered(ask, tmp_path, caps
     assert f"{len(texts)} rows, {len(texts)} scored" in capsys.readouterr().out
 
 
-def test_a_killed_run_continues(server, tmp_path):
-    path, made = (
-        write_rows(tmp_path / "a.csv", [f"text {i}" for i in range(400)]),
-        tmp_path / "b.csv",
-    )
-    flags = [f"--file={path}", f"--output={made}", "--chunk-rows=5", f"--server={server.url}"]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "classify_cli.py", *flags],
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, API_KEY_VARIABLE: KEY},
-    )
-    journal = Unfinished(made).journal
-    while process.poll() is None and not (journal.exists() and journal.read_text().count("\n") > 3):
-        time.sleep(0.001)
-    process.kill()
-    assert process.wait(60) == -signal.SIGKILL and not made.exists()
-    result = run(*flags)
-    assert result.returncode == 0 and b"continuing after row " in result.stderr
-    with made.open(encoding="utf-8", newline="") as file:
-        assert [row["text"] for row in csv.DictReader(file)] == [f"text {i}" for i in range(400)]
+@pytest.mark.parametrize("kind", ["csv.gz", "parquet"])
+def test_killed_again_and_again_a_run_loses_and_doubles_no_row(ask, server, tmp_path, capsys, kind):
+    texts = [f"text {i}" for i in range(90)]
+    path, made = tmp_path / f"a.{kind}", tmp_path / f"b.{kind}"
+    table = pandas.DataFrame({"id": range(len(texts)), "text": texts})
+    if kind == "parquet":
+        table.to_parquet(path, row_group_size=16)
+    else:
+        table.to_csv(path, index=False)
+    flags = [f"--file={path}", f"--output={made}", "--chunk-rows=3"]
+    rng, journal, done = random.Random(kind), Unfinished(made).journal, 0
+    for _ in range(2):
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "classify_cli.py", *flags, f"--server={server.url}"],
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, API_KEY_VARIABLE: KEY},
+        )
+        wanted = done + rng.randint(2, 8)
+        while process.poll() is None and lines_of(journal) < wanted:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.03))
+        process.kill()
+        assert process.wait(60) == -signal.SIGKILL and not made.exists()
+        assert done < lines_of(journal) < len(texts) / 3
+        done = lines_of(journal)
+    assert ask(*flags) == 0
+    assert "continuing after row " in capsys.readouterr().err
+    found = pandas.read_parquet(made) if kind == "parquet" else pandas.read_csv(made)
+    assert found["text"].tolist() == texts and found["id"].tolist() == list(range(len(texts)))
+    assert found["predicted"].notna().all()
 
 
 # What can go wrong
 
 
-def test_a_server_that_still_loads_its_model_is_waited_for(folder):
-    with served(folder) as starting:
-        result = run(TEXTS[0], f"--server={starting.url}")
-    assert result.returncode == 0 and b"calibrated confidence" in result.stdout
-    assert b"ask again later; asking again in 5 s" in result.stderr
+def test_a_full_queue_is_waited_for(server, tmp_path, monkeypatch, capsys):
+    """Others keep the queue full until the file was refused, and busy half of the time after that;
+    a request of the file is larger than the queue."""
+    monkeypatch.setenv(API_KEY_VARIABLE, KEY)
+    path = write_rows(tmp_path / "a.csv", ["It was fine, I suppose. " * 10] * 4)
+    stop, refused, said = threading.Event(), [], io.StringIO()
 
+    def was_refused():
+        return "asking again in " in said.getvalue()
 
-def test_a_full_queue_is_waited_for(folder, tmp_path):
-    """Others keep the queue busy, and a request of the file is larger than the queue."""
-    path = write_rows(tmp_path / "a.csv", ["It was fine, I suppose. " * 5] * 12)
-    stop, refused = threading.Event(), []
-    with served(folder, "--queue-tokens", 300) as busy:
-        busy.wait_until_ready()
+    def other(first):
+        with httpx.Client(base_url=server.url, headers={"x-api-key": KEY}, timeout=60) as client:
+            while not stop.is_set() and (first or not was_refused()):
+                texts, started = [f"{TEXTS[0]} {i}" for i in range(20)], time.monotonic()
+                response = client.post("/classify/batch", json={"texts": texts})
+                refused.append(response.status_code == 503)
+                time.sleep(max(0.05, time.monotonic() - started if was_refused() else 0))
 
-        def other():
-            with httpx.Client(base_url=busy.url, headers={"x-api-key": KEY}, timeout=60) as client:
-                while not stop.is_set():
-                    texts = [f"{TEXTS[0]} {i}" for i in range(20)]
-                    response = client.post("/classify/batch", json={"texts": texts})
-                    refused.append(response.status_code == 503)
-                    time.sleep(0.05)
-
-        others = [threading.Thread(target=other) for _ in range(4)]
-        for thread in others:
-            thread.start()
-        result = run(f"--file={path}", f"--output={tmp_path / 'b.csv'}", f"--server={busy.url}")
+    others = [threading.Thread(target=other, args=(i == 0,)) for i in range(4)]
+    for thread in others:
+        thread.start()
+    try:
+        while not any(refused):
+            time.sleep(0.01)
+        flags = f"--file={path}", f"--output={tmp_path / 'b.csv'}", f"--server={server.url}"
+        with contextlib.redirect_stderr(said):
+            code = main(flags)
+    finally:
         stop.set()
         for thread in others:
             thread.join(60)
-    assert result.returncode == 0 and b"12 rows, 12 scored" in result.stdout
-    assert any(refused)
+    assert code == 0 and "4 rows, 4 scored" in capsys.readouterr().out
+    assert was_refused()
 
 
 @pytest.mark.parametrize(

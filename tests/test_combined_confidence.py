@@ -38,12 +38,13 @@ def test_the_script_prints_every_method_and_draws_its_two_pictures(tmp_path):
         assert file in result.stderr
 
 
-def test_json_holds_the_judged_numbers_of_the_cache(tmp_path):
+def test_json_holds_the_judged_numbers_of_the_cache(capsys):
     cache = simulated_cache("four")
-    result = run("--cache-dir", cache, "--json", "--no-images", "--model", "finetuned")
-    assert result.returncode == 0 and result.stderr == ""
+    assert main(["--cache-dir", str(cache), "--json", "--no-images", "--model=finetuned"]) == 0
+    shown = capsys.readouterr()
     kept = json.loads((cache / "calibrated_results.json").read_text(encoding="utf-8"))
-    assert json.loads(result.stdout) == {"finetuned": kept["models"]["finetuned"]["signals"]}
+    assert json.loads(shown.out) == {"finetuned": kept["models"]["finetuned"]["signals"]}
+    assert shown.err == ""
 
 
 def test_the_analysis_loads_no_model_and_is_quick():

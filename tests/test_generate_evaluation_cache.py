@@ -56,6 +56,7 @@ from test_fine_tune_model import (
     write_csv,
 )
 
+ROWS, CHUNK = 120, 8
 EVALUATION = EvaluationSettings(resamples=20, signals="none")
 WITH_SIGNALS = EvaluationSettings(resamples=20, dropout_passes=3)
 CACHE_FILES = {*MODEL_FILES.values(), "calibrated_results.json", "evaluation_metadata.json"}
@@ -100,7 +101,7 @@ def probabilities(results, method=TOKEN_PROBABILITY):
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluated")
-    run = Run(folder, write_csv(tmp_path_factory.mktemp("data") / "rows.csv", small_rows(240)))
+    run = Run(folder, write_csv(tmp_path_factory.mktemp("data") / "rows.csv", small_rows(ROWS)))
     train(folder, run.data)
     assert run.generate(evaluation=WITH_SIGNALS) == "evaluated"
     return run
@@ -344,8 +345,8 @@ def test_some_signals_are_asked_in_their_own_order(run):
 
 def test_an_adapter_trained_without_dropout_says_so(run, tmp_path):
     folder = tmp_path / "dry"
-    dry = Run(folder, write_csv(tmp_path / "dry.csv", small_rows(96)))
-    train(folder, dry.data, dropout=0.0)
+    dry = Run(folder, write_csv(tmp_path / "dry.csv", small_rows(72)))
+    train(folder, dry.data, dropout=0.0, batch_size=32)
     dry.generate(evaluation=replace(WITH_SIGNALS, signals="mc_dropout"))
     assert "--dropout above 0" in dry.results("finetuned").run["signals"]["left_out"][MC_DROPOUT]
 
@@ -395,7 +396,7 @@ def test_rows_the_adapter_may_have_been_trained_on_are_refused(run, tmp_path, ca
     assert "--split-seed" in error and "fine_tune_model.py" in error
     test_row = load_held_out(run.folder / "fine_tuned_sentiment_model")[0]
     other = {"animal": "plant", "plant": "animal"}[test_row.label]
-    rows = [(text, other if text == test_row.text else label) for text, label in small_rows(240)]
+    rows = [(text, other if text == test_row.text else label) for text, label in small_rows(ROWS)]
     relabelled = write_csv(tmp_path / "relabelled.csv", rows)
     assert Run(run.folder, relabelled).main() == 1
     assert "other rows than this data" in capsys.readouterr().err
@@ -446,19 +447,19 @@ def interrupt_after(monkeypatch, chunks):
         calls.append(len(texts))
         return classify(self, texts, *arguments, **options)
 
-    monkeypatch.setattr(generate_evaluation_cache, "CHUNK", 16)
+    monkeypatch.setattr(generate_evaluation_cache, "CHUNK", CHUNK)
     monkeypatch.setattr(TransformerLogprobsClassifier, "classify_batch", interrupted)
 
 
 def test_interrupted_run_continues_with_the_missing_rows(
     run, evaluated, scored, monkeypatch, capsys
 ):
-    monkeypatch.setattr(generate_evaluation_cache, "CHUNK", 16)
+    monkeypatch.setattr(generate_evaluation_cache, "CHUNK", CHUNK)
     with monkeypatch.context() as patch:
         interrupt_after(patch, chunks=2)
         assert run.main() == 1
     assert "interrupted; the same command continues" in capsys.readouterr().err
-    assert len(scored) == 32
+    assert len(scored) == 2 * CHUNK
     assert not any((run.cache / file).exists() for file in CACHE_FILES)
     assert run.main() == 0
     n = len(load_held_out(run.folder / "fine_tuned_sentiment_model"))
@@ -473,7 +474,7 @@ def test_interrupted_run_continues_with_the_missing_rows(
 def test_signals_of_an_interrupted_run_end_with_the_numbers_of_any_other(run, scored, monkeypatch):
     """Wherever it stops, no chunk is asked twice, and dropout masks are those of a whole run."""
     evaluation = replace(WITH_SIGNALS, signals="paraphrase,mc_dropout,p_true", dropout_passes=2)
-    monkeypatch.setattr(generate_evaluation_cache, "CHUNK", 16)
+    monkeypatch.setattr(generate_evaluation_cache, "CHUNK", CHUNK)
     run.generate(evaluation=evaluation)
     whole = {name: run.results(name).predictions for name in MODEL_FILES}
     n_scored = len(scored)
@@ -487,7 +488,7 @@ def test_signals_of_an_interrupted_run_end_with_the_numbers_of_any_other(run, sc
             run.generate(evaluation=evaluation)
     run.generate(evaluation=evaluation)
     # A chunk of several passes that was interrupted in the middle is asked again from its first.
-    assert n_scored <= len(scored) <= n_scored + len(chunks) * 16 * 5
+    assert n_scored <= len(scored) <= n_scored + len(chunks) * CHUNK * 5
     for name, rows in whole.items():
         again = run.results(name).predictions
         timeless = [replace(p, latency_sec=None, passes=None) for p in rows]

@@ -1,5 +1,6 @@
 """The demonstration: its numbers against the classifier, its words, its mistakes and exit codes."""
 
+import contextlib
 import fcntl
 import json
 import math
@@ -794,10 +795,16 @@ def test_bad_usage_is_exit_code_2(arguments, message, capsys):
     assert "usage: " in shown and message in shown
 
 
-def in_a_terminal(arguments, **environment):
-    """(exit code, output) of the script on a real terminal of 80 columns."""
+def open_terminal():
+    """(master, slave) of a real terminal of 80 columns."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, WIDTH, 0, 0))
+    return master, slave
+
+
+def in_a_terminal(*arguments):
+    """(exit code, output) of the script on a real terminal, as a user would run it."""
+    master, slave = open_terminal()
     variables = {name: v for name, v in os.environ.items() if name != "NO_COLOR"}
     process = subprocess.Popen(
         [sys.executable, "logprob_demo_cli.py", *arguments],
@@ -805,7 +812,7 @@ def in_a_terminal(arguments, **environment):
         stdin=slave,
         stdout=slave,
         stderr=slave,
-        env={**variables, "TERM": "xterm", **environment},
+        env={**variables, "TERM": "xterm"},
     )
     os.close(slave)
     output = b""
@@ -822,38 +829,50 @@ def read_terminal(master):
         return b""
 
 
-def test_colour_is_for_a_terminal_that_wants_it():
-    code, coloured = in_a_terminal([TEXT, "--top-k", "2"])
+def test_colour_is_for_a_terminal_that_wants_it(loaded, monkeypatch):
+    flags = [TEXT, "--top-k", "2"]
+    code, coloured = in_a_terminal(*flags)
     assert code == 0 and "\x1b[1mThe 2 most probable next tokens:\x1b[0m" in coloured
-    code, plain = in_a_terminal([TEXT, "--top-k", "2"], NO_COLOR="1")
-    assert code == 0 and "\x1b" not in plain and plain == unstyled(coloured)
+    master, slave = open_terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    with open(slave, "w") as terminal, contextlib.redirect_stdout(terminal):
+        assert terminal.isatty() and main(flags) == 0
+    plain = b""
+    while chunk := read_terminal(master):
+        plain += chunk
+    os.close(master)
+    assert plain.decode() == unstyled(coloured) != coloured
 
 
 def test_a_terminal_without_a_text_is_bad_usage():
-    code, output = in_a_terminal([])
+    code, output = in_a_terminal()
     assert code == 2 and "give a TEXT, --file, or texts on the standard input" in output
 
 
-def test_texts_come_through_a_pipe():
-    result = subprocess.run(
-        [sys.executable, "logprob_demo_cli.py", "--quiet"],
-        cwd=ROOT,
-        capture_output=True,
-        input=b"A wonderful film.\n\nA terrible film.\n",
-        timeout=120,
-    )
-    assert (result.returncode, result.stderr) == (0, b"")
-    assert [line.split()[0] for line in result.stdout.splitlines()] == [b"positive", b"negative"]
+def test_texts_come_through_a_pipe(loaded, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.write(writer, b"A wonderful film.\n\nA terrible film.\n")
+    os.close(writer)
+    with open(reader) as pipe:
+        monkeypatch.setattr(sys, "stdin", pipe)
+        assert main(["--quiet"]) == 0
+    shown = capsys.readouterr()
+    assert [line.split()[0] for line in shown.out.splitlines()] == ["positive", "negative"]
+    assert shown.err == ""
 
 
 def test_the_script_runs_as_a_user_would_run_it():
+    """On a terminal, or a file, that cannot show every token."""
     result = subprocess.run(
-        [sys.executable, "logprob_demo_cli.py", "naïve 电影", "--raw-prompt", "--top-k", "400"],
+        [sys.executable, "logprob_demo_cli.py", "-", "--raw-prompt", "--top-k", "400"],
         cwd=ROOT,
         capture_output=True,
-        text=True,
+        input="naïve 电影\n".encode(),
         timeout=120,
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},  # a terminal that cannot show every token
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )
-    assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.startswith("The 400 most probable next tokens:\nrank  token")
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert result.stdout.decode("ascii").startswith(
+        "The 400 most probable next tokens:\nrank  token"
+    )

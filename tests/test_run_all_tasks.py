@@ -1,6 +1,8 @@
 """The run over all tasks: its rows, its numbers, what a second run does, and its document."""
 
+import contextlib
 import gzip
+import io
 import json
 import subprocess
 import sys
@@ -9,13 +11,14 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
+import charts
 import run_all_tasks
 from comparison import load_models
 from report import with_interval
 from run_all_tasks import SOURCES, Source, prepare_rows, tables, update_document
 from settings import ROOT, TASKS_DIR, UserError, read_task
 from test_fine_tune_model import small_rows
-from test_run_complete_pipeline import environment
+from test_run_complete_pipeline import environment, run_here
 
 FINANCIAL = read_task("financial_sentiment")
 
@@ -105,18 +108,22 @@ def test_a_label_that_is_not_in_the_task_is_still_an_error(tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """(data root, output folder, flags, first run) of a run of one task on made-up rows."""
+    """(data root, output folder, flags, what it printed) of a run of one task on made-up rows."""
     folder = tmp_path_factory.mktemp("all tasks")
     root, output = folder / "sets", folder / "runs"
     write_rows(root / SOURCES["financial_sentiment"].file, labelled(120))
-    flags = ["--data-root", root, "--output-dir", output, "--rows=80", "--resamples=30"]
-    flags += ["--device=cpu", "--dropout-passes=2", "--tasks", "financial_sentiment"]
-    return root, output, flags, run(*flags)
+    flags = ["--data-root", root, "--output-dir", output, "--rows=80", "--resamples=20"]
+    flags += ["--device=cpu", "--signals=p_true", "--tasks", "financial_sentiment"]
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
+        patch.setattr(run_all_tasks.subprocess, "run", run_here)
+        patch.setattr(charts, "CHARTS", charts.named(["calibration/confusion_matrix.png"]))
+        assert run_all_tasks.main([str(flag) for flag in flags]) == 0
+    return root, output, flags, shown.getvalue()
 
 
 def test_a_task_runs_through_the_pipeline_and_leaves_numbers_without_texts(finished):
-    root, output, _, first = finished
-    assert first.returncode == 0, first.stderr
+    root, output, _, shown = finished
     assert {path.name for path in output.iterdir()} == {"financial_sentiment", "tasks.json"}
     numbers = json.loads((output / "tasks.json").read_text(encoding="utf-8"))
     (task,) = numbers["tasks"].values()
@@ -134,14 +141,14 @@ def test_a_task_runs_through_the_pipeline_and_leaves_numbers_without_texts(finis
                 model.metrics[method]["ece"]["null_mean"], abs=1e-6
             )
             cell = with_interval(model.metrics[method]["log_loss"])
-            assert cell in first.stdout
+            assert cell in shown
         combined = model.entry["signals"]["combined"]
         assert of["combined"]["best_part"] == combined["best_part"]
         assert of["combined"]["worse_than"] == combined["worse_than"]
-        assert with_interval(combined["difference"][combined["best_part"]]) in first.stdout
+        assert with_interval(combined["difference"][combined["best_part"]]) in shown
         mass = np.exp(model.results.arrays("test")["label_logprobs"]).sum(axis=1)
         assert of["label_mass"]["mean"] == pytest.approx(mass.mean(), abs=1e-4)
-    assert tables(numbers) in first.stdout
+    assert tables(numbers) in shown
     text = (output / "tasks.json").read_text(encoding="utf-8")
     assert not any(
         row["text"] in text for row in read_rows(output / "financial_sentiment/rows.jsonl")
@@ -150,14 +157,14 @@ def test_a_task_runs_through_the_pipeline_and_leaves_numbers_without_texts(finis
 
 
 def test_what_is_finished_is_not_done_twice(finished):
-    _, output, flags, first = finished
+    _, output, flags, shown = finished
     numbers = (output / "tasks.json").read_bytes()
-    second = run(*flags)
+    second = run(*flags)  # with its processes
     assert second.returncode == 0, second.stderr
     assert second.stdout.count("up to date") == 3  # training, evaluation and charts
     assert (output / "tasks.json").read_bytes() == numbers
     begin = "| task | source |"
-    assert second.stdout[second.stdout.index(begin) :] == first.stdout[first.stdout.index(begin) :]
+    assert second.stdout[second.stdout.index(begin) :] == shown[shown.index(begin) :]
 
 
 def test_the_document_gets_the_tables_between_its_markers(finished, tmp_path, monkeypatch):
