@@ -2,8 +2,8 @@
 
 PEFT computes such a batch adapter by adapter, and with ten adapters spends more time between its
 small products than in them. Here the matrices of the rows' adapters are stacked and multiplied at
-once. Layers that are no plain LoRA of a linear layer (embeddings, quantized weights, a bias) are left
-to PEFT.
+once. Layers that are no plain LoRA of a linear layer (embeddings, quantized weights, a bias) are
+left to PEFT.
 """
 
 import threading
