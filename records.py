@@ -38,6 +38,8 @@ ARRAY_FIELDS = (  # of a prediction, as columns of `ModelResults.arrays`
     "pass_logprobs",
 )
 
+TUPLE_FIELDS = ("label_logprobs", "label_slack", "label_counts")  # lists in JSON
+
 
 @dataclass(frozen=True)
 class Example:
@@ -69,6 +71,9 @@ class Prediction:
         None where a method only scores.
     label_mass: how much of the distribution is an answer at all, 0 to 1; of p_true the probability
         of true and false together.
+    label_slack: (K,) how much of the probability of each label was not read but is an upper bound,
+        for answer words that a server left out: the true one is at most that much lower. None
+        where all were read. What is predicted is certain all the same.
     probability: P(first label) among the labels: p₀ / Σₖ pₖ. For sentiment P(positive).
     confidence: the probability of the predicted label, not renormalised; for consistency the share
         of the samples that agree with it; for p_true P(true) of true and false, for verbalised the
@@ -85,6 +90,7 @@ class Prediction:
     method: str
     label_logprobs: tuple[float, ...] | None = None
     label_mass: float | None = None
+    label_slack: tuple[float, ...] | None = None
     predicted: str | None = None
     probability: float | None = None
     confidence: float | None = None
@@ -102,12 +108,26 @@ class Prediction:
         return top[0] - top[1]
 
 
-def prediction_from_logprobs(example_id, task, label_logprobs, method=TOKEN_PROBABILITY, **extra):
-    """The prediction that follows from (K,) label log-probabilities (nats)."""
+def prediction_from_logprobs(
+    example_id, task, label_logprobs, method=TOKEN_PROBABILITY, label_slack=None, **extra
+):
+    """The prediction that follows from (K,) label log-probabilities (nats).
+
+    An error where they are upper bounds and do not say for sure which label is the most probable.
+    """
     logprobs = np.asarray(label_logprobs, dtype=np.float64)
     if logprobs.shape != (len(task.labels),) or not np.isfinite(logprobs).all():
         raise ValueError(f"expected {len(task.labels)} finite log-probabilities, got {logprobs}")
     best = int(logprobs.argmax())
+    if label_slack is not None:
+        sure = np.exp(logprobs[best]) - label_slack[best]
+        if (np.delete(np.exp(logprobs), best) >= sure).any():
+            error = (
+                "the server returned too few tokens to tell which label is the most probable; use "
+                "one that has logprob_token_ids (vLLM) or returns more log-probabilities"
+            )
+            return Prediction(example_id=example_id, method=method, error=error)
+        extra["label_slack"] = tuple(float(v) for v in label_slack)
     return Prediction(
         example_id=example_id,
         method=method,
@@ -129,7 +149,7 @@ def prediction_from_json(row):
     """The inverse of `prediction_to_json`. Raises ValueError for a field that does not exist."""
     if unknown := set(row) - {f.name for f in fields(Prediction)}:
         raise ValueError(f"unknown prediction field {min(unknown)!r}")
-    tuples = {k: tuple(row[k]) for k in ("label_logprobs", "label_counts") if k in row}
+    tuples = {k: tuple(row[k]) for k in TUPLE_FIELDS if k in row}
     if "pass_logprobs" in row:
         tuples["pass_logprobs"] = tuple(map(tuple, row["pass_logprobs"]))
     return Prediction(**{**row, **tuples})
