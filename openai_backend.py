@@ -206,7 +206,7 @@ class ServerLogprobsClassifier(LogprobsClassifier):
         self.name, self.report = self._find_model()
         self.tokenizer = load_tokenizer(self._tokenizer_name())
         self.max_tokens = self._longest_prompt()
-        self.reading = None
+        self.reading, self._tokenizing = None, threading.Lock()  # no tokenizer is thread-safe
         self._ask(task, self._encoders(task))
         self.reading = self._find_reading()
         self.engine.busy = BUSY
@@ -359,7 +359,15 @@ class ServerLogprobsClassifier(LogprobsClassifier):
 
     def _text(self, reading, ids):
         """Token ids as the text of a prompt."""
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)[reading.drop :]
+        with self._tokenizing:
+            text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return text[reading.drop :]
+
+    def _reads_the_same(self, ids):
+        """Whether token ids, as text, are read as the same ids."""
+        text = self._text(replace(self.reading, drop=0), ids)
+        with self._tokenizing:
+            return self.tokenizer(text, add_special_tokens=False).input_ids == list(ids)
 
     def _complete(self, reading, ids, wanted=(), **options):
         """The answer to one prompt. wanted: tokens whose log-probability is of interest."""
@@ -427,7 +435,7 @@ class ServerLogprobsClassifier(LogprobsClassifier):
     def _draws(self, ids):
         """(K,) how often each label was drawn, of `EvaluationSettings.samples` answers."""
         label_of = {
-            self.tokenizer.decode([word[0]]).strip(): k
+            self._text(replace(self.reading, drop=0), word).strip(): k
             for k, words in enumerate(self.words)
             for word in words
         }
@@ -452,14 +460,12 @@ class ServerLogprobsClassifier(LogprobsClassifier):
         return [self._reply(ids) for ids in sequences]
 
     def _reply(self, ids):
-        if not self.reading.by_ids:
-            text = self._text(replace(self.reading, drop=0), ids)
-            if self.tokenizer(text, add_special_tokens=False).input_ids != list(ids):
-                return Reply(
-                    error="the server takes prompts as text and would read this one as other "
-                    "tokens: the text holds a control token of this model, or lost half a "
-                    "character when it was shortened; use a server that takes token ids (vLLM)"
-                )
+        if not self.reading.by_ids and not self._reads_the_same(ids):
+            return Reply(
+                error="the server takes prompts as text and would read this one as other tokens: "
+                "the text holds a control token of this model, or lost half a word when it was "
+                "shortened; use a server that takes token ids (vLLM)"
+            )
         try:
             if self.reading.top is None:
                 return Reply(counts=self._draws(ids))
