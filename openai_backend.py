@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -36,7 +37,7 @@ from logprobs_confidence import (
     load_tokenizer,
 )
 from records import CONSISTENCY, prediction_from_logprobs
-from settings import MODEL_PRESETS, EvaluationSettings, UserError, fingerprint, resolve_model
+from settings import EvaluationSettings, UserError, fingerprint, resolve_model
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 FIRST_PATIENCE_SEC = 5.0  # with a server that cannot be reached, before it has answered once
@@ -245,8 +246,9 @@ class ServerLogprobsClassifier(LogprobsClassifier):
     def _tokenizer_name(self):
         if self.settings.tokenizer is not None:
             return resolve_model(self.settings.tokenizer)
-        if self.settings.model in MODEL_PRESETS or "/" in self.settings.model:
-            return resolve_model(self.settings.model)
+        name = resolve_model(self.settings.model)
+        if "/" in name or Path(name).is_dir():
+            return name
         raise UserError(
             f"{self.settings.model!r} is no preset, folder or hub id, so its tokenizer is not "
             "known; name it with --tokenizer"
@@ -265,7 +267,7 @@ class ServerLogprobsClassifier(LogprobsClassifier):
     def _find_reading(self):
         """The best `Reading` that the server grants. Raises UserError if it grants none."""
         ((ids, _),) = self.encoder.encode(CHECK_TEXTS[1:2])
-        wanted = sorted({token for words in self.words for word in words for token in word[:1]})
+        wanted = sorted({word[0] for words in self.words for word in words})[:MOST_TOKEN_IDS]
         reason = None
         forms = [(by_ids, top) for by_ids in (True, False) for top in (0, *TOP_TOKENS)]
         for by_ids, top in [*forms, (True, None), (False, None)]:

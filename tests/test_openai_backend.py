@@ -350,7 +350,7 @@ def test_adapters_fine_tuning_and_other_temperatures_are_refused(serve, tmp_path
 def evaluate(serve, tmp_path):
     """(server, flags → exit code of generate_evaluation_cache.py) on a small file of data."""
     server = serve()
-    data = write_csv(tmp_path / "rows.csv", small_rows(240))
+    data = write_csv(tmp_path / "rows.csv", small_rows(150))
 
     def run(*extra, folder="run"):
         flags = {
@@ -377,7 +377,7 @@ def test_an_interrupted_evaluation_continues_and_equals_one_without_interruption
     monkeypatch.setattr(generate_evaluation_cache, "CHUNK", 8)
     monkeypatch.setattr(openai_backend, "PATIENCE_SEC", 0.3)
     server, run = evaluate
-    server.fails = lambda number: 503 if number > 20 else None
+    server.fails = lambda number: 503 if number > 12 else None
     assert run("--signals=none") == 1
     assert "The same command continues" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run" / "evaluation_cache" / "base_model_results.json").exists()
