@@ -71,9 +71,6 @@ class Prediction:
         None where a method only scores.
     label_mass: how much of the distribution is an answer at all, 0 to 1; of p_true the probability
         of true and false together.
-    label_slack: (K,) how much of the probability of each label was not read but is an upper bound,
-        for answer words that a server left out: the true one is at most that much lower. None
-        where all were read. What is predicted is certain all the same.
     probability: P(first label) among the labels: p₀ / Σₖ pₖ. For sentiment P(positive).
     confidence: the probability of the predicted label, not renormalised; for consistency the share
         of the samples that agree with it; for p_true P(true) of true and false, for verbalised the
@@ -84,13 +81,15 @@ class Prediction:
     passes: sequences that went through the model for this row, beyond those of token_probability.
     latency_sec: seconds they took, as a share of those of the rows scored together.
     error: why there is no prediction; all other results but the cost are None then.
+    label_slack: (K,) how much of the probability of each label was not read but is an upper bound,
+        for answer words that a server left out: the true one is at most that much lower. None
+        where all were read. What is predicted is certain all the same.
     """
 
     example_id: str
     method: str
     label_logprobs: tuple[float, ...] | None = None
     label_mass: float | None = None
-    label_slack: tuple[float, ...] | None = None
     predicted: str | None = None
     probability: float | None = None
     confidence: float | None = None
@@ -100,6 +99,7 @@ class Prediction:
     passes: float | None = None
     latency_sec: float | None = None
     error: str | None = None
+    label_slack: tuple[float, ...] | None = None
 
     @property
     def margin(self):

@@ -35,8 +35,9 @@ needs_server = pytest.mark.skipif(
     PYTHON is None, reason="pip install 'llama-cpp-python[server]', or set HOWSURE_LLAMA_PYTHON"
 )
 TEXTS = 200
-# Measured: FIGURES
-TOLERANCE = {"f32": 1e-3, "bf16": 3e-2, "f16": 1e-2}
+# |Δ probability| from the model here in float32. Measured with 0.3.36, on an AMD EPYC: at most
+# 2.9e-6 with weights in float32, 2.4e-3 in bfloat16 (activations too), 1.3e-4 in float16.
+TOLERANCE = {"f32": 1e-4, "bf16": 1e-2, "f16": 1e-3}
 
 
 @pytest.fixture(scope="module", params=TOLERANCE)
