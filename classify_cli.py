@@ -773,7 +773,8 @@ def load_local_scorer(arguments):
     task = None if arguments.task is None else read_task(arguments.task)
     model = arguments.model or ("finetuned" if arguments.adapter else "base")
     settings = replace(from_arguments(ModelSettings, arguments), model=model)
-    classifier = load_classifier(settings, arguments.adapter, task)
+    sampling = True  # of a server without log-probabilities answers are drawn
+    classifier = load_classifier(settings, arguments.adapter, task, sampling)
     try:
         calibrator, _ = cached_calibrator(arguments.cache_dir, classifier.identity)
     except NoCalibrator as missing:

@@ -68,12 +68,21 @@ def sample_consistency(label_logprobs, n_samples, rng):
     if n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, got {n_samples}")
     draws = rng.multinomial(n_samples, answer_distribution(label_logprobs))
-    counts = draws[:-1]
+    return consistency_of(draws[:-1], n_samples, rng)
+
+
+def consistency_of(counts, n_samples, rng):
+    """`Consistency` of n_samples of which counts, (K,) int array, gave each label."""
     most = int(counts.max())
     majority = int(rng.choice(np.flatnonzero(counts == most))) if most else None
     low, high = (float(v[0]) for v in wilson_interval([most], [n_samples]))
     return Consistency(
-        tuple(int(c) for c in counts), int(draws[-1]), majority, most / n_samples, low, high
+        tuple(int(c) for c in counts),
+        n_samples - int(counts.sum()),
+        majority,
+        most / n_samples,
+        low,
+        high,
     )
 
 
@@ -98,26 +107,35 @@ def consistency_predictions(task, predictions, settings=None, positions=None):
             settings.samples,
             np.random.default_rng([settings.evaluation_seed, position]),
         )
-        if drawn.majority is None:
-            error = f"none of {settings.samples} samples was an answer"
-            rows.append(Prediction(prediction.example_id, CONSISTENCY, error=error))
-            continue
-        counts = np.array(drawn.counts)
-        logprobs = np.log((counts + 0.5) / (settings.samples + 0.5 * len(counts)))
-        rows.append(
-            Prediction(
-                example_id=prediction.example_id,
-                method=CONSISTENCY,
-                label_logprobs=tuple(float(v) for v in logprobs),
-                label_mass=float(counts.sum() / settings.samples),
-                predicted=task.label_names[drawn.majority],
-                probability=float(label_probabilities(logprobs)[0]),
-                confidence=drawn.agreement,
-                label_counts=drawn.counts,
-                truncated=prediction.truncated,
-            )
-        )
+        rows.append(_of_samples(prediction.example_id, task, drawn, prediction.truncated))
     return rows
+
+
+def prediction_from_draws(example_id, task, counts, n_samples, truncated=False, latency_sec=None):
+    """The consistency `Prediction` of answers that were really drawn, counts (K,) of n_samples."""
+    drawn = consistency_of(np.array(counts), n_samples, np.random.default_rng(0))
+    return replace(_of_samples(example_id, task, drawn, truncated), latency_sec=latency_sec)
+
+
+def _of_samples(example_id, task, drawn, truncated):
+    """The `Prediction` of a `Consistency`."""
+    n_samples = sum(drawn.counts) + drawn.other
+    if drawn.majority is None:
+        error = f"none of {n_samples} samples was an answer"
+        return Prediction(example_id, CONSISTENCY, error=error)
+    counts = np.array(drawn.counts)
+    logprobs = np.log((counts + 0.5) / (n_samples + 0.5 * len(counts)))
+    return Prediction(
+        example_id=example_id,
+        method=CONSISTENCY,
+        label_logprobs=tuple(float(v) for v in logprobs),
+        label_mass=float(counts.sum() / n_samples),
+        predicted=task.label_names[drawn.majority],
+        probability=float(label_probabilities(logprobs)[0]),
+        confidence=drawn.agreement,
+        label_counts=drawn.counts,
+        truncated=truncated,
+    )
 
 
 # Other wordings of the question.

@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -40,6 +40,9 @@ from records import (
     write_json,
 )
 from settings import (
+    BACKENDS,
+    LOCAL,
+    OPENAI,
     DataSettings,
     EvaluationSettings,
     ModelSettings,
@@ -121,18 +124,6 @@ class PartialResults:
             ) from error
 
 
-@contextmanager
-def counted_passes(classifier):
-    """Inside the block the list that it gives grows by the sequences of every forward pass."""
-    counts = []
-    embeddings = classifier.model.get_input_embeddings()
-    hook = embeddings.register_forward_hook(lambda _, inputs, __: counts.append(len(inputs[0])))
-    try:
-        yield counts
-    finally:
-        hook.remove()
-
-
 def evaluate_method(method, ask, classifier, examples, partial, done):
     """One `Prediction` an example, in their order, of what `ask` says, with what each row cost.
 
@@ -148,7 +139,7 @@ def evaluate_method(method, ask, classifier, examples, partial, done):
         for chunk in chunks:
             if not all((method, e.id) in done for e in chunk):
                 started = time.perf_counter()
-                with counted_passes(classifier) as counts:
+                with classifier.counted_passes() as counts:
                     rows = ask(chunk)
                 seconds = time.perf_counter() - started
                 cost = {
@@ -313,20 +304,22 @@ def held_out_examples(task, data, folder, base_only):
 def generate(task, model, data, evaluation, output, base_only=False, force=False):
     """Run the stage. Returns "evaluated" or "up to date". Raises UserError."""
     from comparison import judge_calibrators
-    from logprobs_confidence import (
-        TransformerLogprobsClassifier,
-        model_fingerprint,
-        weights_fingerprint,
-    )
+    from logprobs_confidence import model_fingerprint, open_classifier, weights_fingerprint
     from signal_comparison import judge_signals
 
     check_evaluation(evaluation)
+    model.check()
+    check_backend(model, evaluation, base_only)
     cache_dir, adapter = output.cache, None if base_only else output.fine_tuned
     if adapter is not None and not (adapter / "manifest.json").exists():
         raise UserError(
             f"no fine-tuned model in {adapter}/; run: python fine_tune_model.py or give --base-only"
         )
-    model_print = model_fingerprint(model)
+    if model.backend == LOCAL:
+        classifier, model_print = None, model_fingerprint(model)
+    else:
+        classifier = open_classifier(model, task=task)
+        model_print = classifier.identity["fingerprint"]
     training = None
     if adapter is not None:
         check_adapter(adapter, task, model, weights_fingerprint(resolve_model(model.model)))
@@ -343,7 +336,7 @@ def generate(task, model, data, evaluation, output, base_only=False, force=False
     metadata_path = cache_dir / "evaluation_metadata.json"
     if not force and is_up_to_date(metadata_path, run_print, base_only):
         return "up to date"
-    classifier = TransformerLogprobsClassifier(model, adapter, task)
+    classifier = classifier or open_classifier(model, adapter, task)
     results = {}
     for name in MODEL_FILES if adapter is not None else ["base"]:
         print(f"{name} model", file=sys.stderr)
@@ -380,7 +373,7 @@ def generate(task, model, data, evaluation, output, base_only=False, force=False
             "rows": {s: sum(e.split == s for e in held_out) for s in ("calibration", "test")},
             "data_fingerprint": data_print,
             "settings": {
-                "model": asdict(model) | {"device": classifier.device},
+                "model": model_to_json(model) | {"device": classifier.device},
                 "data": asdict(data) | {"data": Path(data.data).name if data.data else None},
                 "evaluation": asdict(evaluation),
             },
@@ -391,6 +384,27 @@ def generate(task, model, data, evaluation, output, base_only=False, force=False
     for name in MODEL_FILES:
         (cache_dir / f".{name}.partial").unlink(missing_ok=True)
     return "evaluated"
+
+
+def model_to_json(model):
+    """The `ModelSettings` that the other backend does not have to itself, without an address."""
+    left_out = {"base_url", *BACKENDS[OPENAI if model.backend == LOCAL else LOCAL]}
+    return {name: value for name, value in asdict(model).items() if name not in left_out}
+
+
+def check_backend(model, evaluation, base_only):
+    """Raises UserError for what a model on a server cannot be asked."""
+    if model.backend == LOCAL:
+        return
+    if not base_only:
+        raise UserError(
+            "--backend openai evaluates the one model that --model names; add --base-only (an "
+            "adapter that the server has is a --model by its own name)"
+        )
+    if evaluation.temperature != 1.0:
+        raise UserError(
+            "a server gives log-probabilities at temperature 1; leave --temperature out"
+        )
 
 
 def check_adapter(adapter, task, model, base_print):

@@ -23,12 +23,14 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from records import TOKEN_PROBABILITY, Prediction, prediction_from_logprobs, read_json
 from settings import (
     FINE_TUNED_DIR,
+    LOCAL,
     SENTIMENT,
     ModelSettings,
     Task,
@@ -351,9 +353,45 @@ def torch_device(device):
     return torch.device(device)
 
 
+@contextmanager
+def loading(what, name):
+    """A block that loads a model, or its tokenizer, of a folder or hub id: its errors become a
+    UserError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        SafetensorError,
+    ) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        step = (
+            "is the folder complete (config.json, model.safetensors, tokenizer.json)?"
+            if Path(name).is_dir()
+            else "check the id and the network; for a gated model accept its licence on the hub "
+            "and run: hf auth login"
+        )
+        raise UserError(f"cannot load the {what} {name}: {reason[:300]}; {step}") from error
+
+
+def load_tokenizer(name):
+    """The tokenizer of a folder or hub id, without its model. Raises UserError."""
+    from transformers import AutoTokenizer
+
+    quiet_libraries()
+    check_model_name(name)
+    with loading("tokenizer", name):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
 def load_model_and_tokenizer(settings):
     """(model, tokenizer, device) of `ModelSettings`; safetensors only, no code from the hub."""
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from engine import use_float32_head
@@ -361,7 +399,6 @@ def load_model_and_tokenizer(settings):
     quiet_libraries()
     name = resolve_model(settings.model)
     device = choose_device(settings.device)
-    folder = Path(name)
     check_model_name(name)
     dtype = model_dtype(settings, device)
     quantization = quantization_config(settings.quantization, device, dtype)
@@ -376,7 +413,7 @@ def load_model_and_tokenizer(settings):
     spread = settings.device_map != "none" and device == "cuda"
     place = settings.device_map if spread else {"": torch_device(device)}
     options = {"trust_remote_code": False}
-    try:
+    with loading("model", name):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model = AutoModelForCausalLM.from_pretrained(
             name,
@@ -387,23 +424,6 @@ def load_model_and_tokenizer(settings):
             use_safetensors=True,
             **options,
         )
-    except (
-        OSError,
-        ValueError,
-        ImportError,
-        RuntimeError,
-        KeyError,
-        TypeError,
-        SafetensorError,
-    ) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        step = (
-            "is the folder complete (config.json, model.safetensors, tokenizer.json)?"
-            if folder.is_dir()
-            else "check the id and the network; for a gated model accept its licence on the hub "
-            "and run: hf auth login"
-        )
-        raise UserError(f"cannot load the model {name}: {reason[:300]}; {step}") from error
     if not quantization and not spread:
         model.to(torch_device(device))
     use_float32_head(model)
@@ -446,6 +466,7 @@ def weights_fingerprint(folder_or_id):
 
 def model_fingerprint(settings):
     """Identity of what `ModelSettings` load here: the weights and how they are computed with."""
+    require_local(settings)
     name = resolve_model(settings.model)
     check_model_name(name)
     return fingerprint(
@@ -460,6 +481,16 @@ def model_fingerprint(settings):
     )
 
 
+def require_local(settings):
+    """Raises UserError for `ModelSettings` of a model on a server."""
+    settings.check()
+    if settings.backend != LOCAL:
+        raise UserError(
+            "fine-tuning, and all that looks into a model, needs its weights here; leave "
+            "--backend and --base-url out"
+        )
+
+
 def check_model_name(name):
     """Raises UserError for what is neither a folder nor a hub id."""
     if not Path(name).is_dir() and (name.startswith((".", "/")) or "/" not in name):
@@ -469,68 +500,38 @@ def check_model_name(name):
         )
 
 
-class TransformerLogprobsClassifier:
-    """A causal language model as a classifier for one task.
+class LabelScorer(Protocol):
+    """Whoever computes label log-probabilities from token ids: a model here or one on a server.
 
-    model: `ModelSettings`, or a preset name, hub id or folder. adapter: folder of a LoRA adapter;
-    it shares the base weights in memory, and `without_adapter()` switches it off for a while.
-    task: the question and its labels. max_tokens is bounded by the model's context.
-
-    Attributes: device ("cuda", "mps", "cpu"), dtype (a torch dtype), encoders (a `PromptEncoder`
-    for each of the task's `orders`), encoder (the first), engine (`Engine`: whether prompts are
-    shared, how many batches at a time), tolerance: the largest difference of a probability between
-    batched and one-at-a-time scoring.
+    engine: divides prompts into batches, `run(sequences, prefix, score)`, and has what they share,
+    `prefix(ids, adapter_active)`; `engine.Engine` or `openai_backend.Requests`.
     """
 
-    def __init__(self, model="embedded", adapter=None, task=SENTIMENT):
-        self.settings = model if isinstance(model, ModelSettings) else ModelSettings(model=model)
-        self.adapter = str(adapter) if adapter is not None else None
-        if self.adapter is not None and not (Path(adapter) / "adapter_config.json").exists():
-            raise UserError(f"no adapter in {adapter}/; run: python fine_tune_model.py")
-        from engine import Engine
+    engine: Any
 
-        model, self.tokenizer, self.device = load_model_and_tokenizer(self.settings)
-        self.engine = Engine(model, self._sharing_problem, self.settings.batch_tokens)
-        self.dtype = self.model.dtype
-        half = str(self.dtype) != "torch.float32" or self.settings.quantization != "none"
-        self.tolerance = HALF_PRECISION_TOLERANCE if half else FULL_PRECISION_TOLERANCE
-        if self.adapter is not None:
-            self._load_adapter()
-        self._switch = {"adapter": self.adapter is not None}  # shared by `for_task` siblings
-        self._ask(task, self._encoders(task))
+    def label_logprobs(self, sequences, temperature=1.0, prefix=None) -> list:
+        """For every prompt, token ids, what `prediction` makes a `Prediction` of: here (K,) nats.
 
-    @property
-    def model(self):
-        """The causal language model, with its adapter; siblings and engine see the same one."""
-        return self.engine.model
+        prefix: of the engine, with which every prompt begins, or None.
+        """
+        ...
 
-    @model.setter
-    def model(self, model):
-        self.engine.model = model
 
-    def _sharing_problem(self):
-        """Why whole prompts have to be scored, said on stderr, or None."""
-        from engine import sharing_problem
+class LogprobsClassifier(LabelScorer):
+    """A `LabelScorer` as a classifier for one task; a subclass says who that is.
 
-        prompts = [ids for ids, _ in self.encoder.encode(CHECK_TEXTS)]
-        length = self.encoder.prefix_length
-        problem = sharing_problem(self.model, prompts, length, self.tolerance)
-        if problem is not None:
-            print(
-                f"warning: {self.settings.model}: every text is scored with its whole prompt, "
-                f"which is slower: {problem}",
-                file=sys.stderr,
-            )
-        return problem
+    Attributes: task, tokenizer, encoders (a `PromptEncoder` for each of the task's `orders`),
+    encoder (the first), max_tokens of a prompt, adapter_active, device.
+    """
+
+    method = TOKEN_PROBABILITY  # of the predictions
 
     def _ask(self, task, encoders):
         self.task, self.encoders, self.encoder = task, encoders, encoders[0]
 
     def _encoders(self, task):
-        config = self.model.config.get_text_config()
-        context = getattr(config, "max_position_embeddings", None) or self.settings.max_tokens
-        max_tokens = min(self.settings.max_tokens, context - 8)
-        return tuple(PromptEncoder(self.tokenizer, order, max_tokens) for order in task.orders)
+        orders = task.orders
+        return tuple(PromptEncoder(self.tokenizer, order, self.max_tokens) for order in orders)
 
     def for_task(self, task):
         """A classifier for another question that shares this one's model, adapter and memory."""
@@ -547,93 +548,16 @@ class TransformerLogprobsClassifier:
         return tuple(self._sibling(encoder.task, (encoder,)) for encoder in self.encoders)
 
     @property
-    def adapter_active(self):
-        """Whether the adapter answers: there is one, and no `without_adapter` block is open."""
-        return self._switch["adapter"]
-
-    def _load_adapter(self):
-        import safetensors
-        from peft import PeftModel
-
-        try:
-            self.model = PeftModel.from_pretrained(self.model, self.adapter)
-        except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
-            raise UserError(
-                f"the adapter in {self.adapter}/ does not fit {self.settings.model} or is damaged "
-                f"({reason}); run: python fine_tune_model.py --force-retrain"
-            ) from error
-        self.model.eval()
-
-    @property
-    def identity(self):
-        """What a calibrator is tied to: a change of any part changes the fingerprint."""
-        parts = {
-            "model": self.settings.model,
-            "model_fingerprint": weights_fingerprint(resolve_model(self.settings.model)),
-            "adapter_fingerprint": weights_fingerprint(self.adapter)
-            if self.adapter_active
-            else None,
+    def _asked(self):
+        """The part of an identity that says what is asked."""
+        return {
             "prompt": self.encoder.prompt("{text}"),
             "label_words": {label.name: list(label.words) for label in self.encoder.task.labels},
             "orders": len(self.encoders),
             "tokenizer": hashlib.sha256(
                 self.tokenizer.backend_tokenizer.to_str().encode()
             ).hexdigest()[:16],
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "quantization": self.settings.quantization,
         }
-        return {**parts, "fingerprint": fingerprint(parts)}
-
-    @contextmanager
-    def without_adapter(self):
-        """Inside the block the base model answers."""
-        if not self.adapter_active:
-            yield self
-            return
-        self._switch["adapter"] = False
-        try:
-            with self.model.disable_adapter():
-                yield self
-        finally:
-            self._switch["adapter"] = True
-
-    @contextmanager
-    def dropout(self, seed):
-        """Inside the block one sub-network of the adapter answers, drawn from `seed`.
-
-        Each input of a LoRA layer is dropped with the rate of its training, for every text and
-        position alike: a draw of the weights, so that an answer depends on the seed and the text
-        alone and all that is fast otherwise stays so. Raises UserError where there is no active
-        adapter or one without dropout.
-        Source: Gal and Ghahramani 2016, https://arxiv.org/abs/1512.05287 (one mask for all
-        positions); Kirsch et al. 2019, https://arxiv.org/abs/1906.08158 (one for all texts)
-        """
-        import torch
-
-        inputs = [  # (weights that read them, rate)
-            (module.lora_A[name].weight, layer.p)
-            for module in self.model.modules()
-            for name, layer in getattr(module, "lora_dropout", {}).items()
-            if name in module.lora_A and isinstance(layer, torch.nn.Dropout) and layer.p > 0
-        ]
-        if not self.adapter_active or not inputs:
-            raise UserError(
-                "Monte-Carlo dropout needs an adapter that was trained with --dropout above 0"
-            )
-        _ = self.engine.shares_prefix  # found out without dropout
-        generator = torch.Generator().manual_seed(seed)
-        whole = [weight.detach().clone() for weight, _ in inputs]
-        with torch.no_grad():
-            for weight, rate in inputs:
-                kept = torch.rand(weight.shape[1], generator=generator) >= rate
-                weight.mul_((kept / (1 - rate)).to(weight))
-        try:
-            yield self
-        finally:
-            with torch.no_grad():
-                for (weight, _), before in zip(inputs, whole, strict=True):
-                    weight.copy_(before)
 
     def _prefix(self):
         """The engine's cache of what the prompts of this task share, or None."""
@@ -700,7 +624,7 @@ class TransformerLogprobsClassifier:
         return results
 
     def _error(self, example_id, message):
-        return Prediction(example_id=example_id, method=TOKEN_PROBABILITY, error=message)
+        return Prediction(example_id=example_id, method=self.method, error=message)
 
     def prediction(self, example_id, logprobs, truncated, seconds):
         """The `Prediction` that follows from a text's `label_logprobs`."""
@@ -725,6 +649,159 @@ class TransformerLogprobsClassifier:
                 except UserError as error:
                     errors.append((text, str(error)))
             return rows, errors
+
+
+class TransformerLogprobsClassifier(LogprobsClassifier):
+    """A causal language model as a classifier for one task.
+
+    model: `ModelSettings`, or a preset name, hub id or folder. adapter: folder of a LoRA adapter;
+    it shares the base weights in memory, and `without_adapter()` switches it off for a while.
+    task: the question and its labels. max_tokens is bounded by the model's context.
+
+    Attributes besides those of every `LogprobsClassifier`: device ("cuda", "mps", "cpu"), dtype (a
+    torch dtype), engine (`Engine`: whether prompts are shared, how many batches at a time),
+    tolerance: the largest difference of a probability between batched and one-at-a-time scoring.
+    """
+
+    def __init__(self, model="embedded", adapter=None, task=SENTIMENT):
+        self.settings = model if isinstance(model, ModelSettings) else ModelSettings(model=model)
+        require_local(self.settings)
+        self.adapter = str(adapter) if adapter is not None else None
+        if self.adapter is not None and not (Path(adapter) / "adapter_config.json").exists():
+            raise UserError(f"no adapter in {adapter}/; run: python fine_tune_model.py")
+        from engine import Engine
+
+        model, self.tokenizer, self.device = load_model_and_tokenizer(self.settings)
+        self.engine = Engine(model, self._sharing_problem, self.settings.batch_tokens)
+        self.dtype = self.model.dtype
+        half = str(self.dtype) != "torch.float32" or self.settings.quantization != "none"
+        self.tolerance = HALF_PRECISION_TOLERANCE if half else FULL_PRECISION_TOLERANCE
+        if self.adapter is not None:
+            self._load_adapter()
+        self._switch = {"adapter": self.adapter is not None}  # shared by `for_task` siblings
+        config = self.model.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None) or self.settings.max_tokens
+        self.max_tokens = min(self.settings.max_tokens, context - 8)
+        self._ask(task, self._encoders(task))
+
+    @property
+    def model(self):
+        """The causal language model, with its adapter; siblings and engine see the same one."""
+        return self.engine.model
+
+    @model.setter
+    def model(self, model):
+        self.engine.model = model
+
+    def _sharing_problem(self):
+        """Why whole prompts have to be scored, said on stderr, or None."""
+        from engine import sharing_problem
+
+        prompts = [ids for ids, _ in self.encoder.encode(CHECK_TEXTS)]
+        length = self.encoder.prefix_length
+        problem = sharing_problem(self.model, prompts, length, self.tolerance)
+        if problem is not None:
+            print(
+                f"warning: {self.settings.model}: every text is scored with its whole prompt, "
+                f"which is slower: {problem}",
+                file=sys.stderr,
+            )
+        return problem
+
+    @property
+    def adapter_active(self):
+        """Whether the adapter answers: there is one, and no `without_adapter` block is open."""
+        return self._switch["adapter"]
+
+    def _load_adapter(self):
+        import safetensors
+        from peft import PeftModel
+
+        try:
+            self.model = PeftModel.from_pretrained(self.model, self.adapter)
+        except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise UserError(
+                f"the adapter in {self.adapter}/ does not fit {self.settings.model} or is damaged "
+                f"({reason}); run: python fine_tune_model.py --force-retrain"
+            ) from error
+        self.model.eval()
+
+    @property
+    def identity(self):
+        """What a calibrator is tied to: a change of any part changes the fingerprint."""
+        parts = {
+            "model": self.settings.model,
+            "model_fingerprint": weights_fingerprint(resolve_model(self.settings.model)),
+            "adapter_fingerprint": weights_fingerprint(self.adapter)
+            if self.adapter_active
+            else None,
+            **self._asked,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "quantization": self.settings.quantization,
+        }
+        return {**parts, "fingerprint": fingerprint(parts)}
+
+    @contextmanager
+    def without_adapter(self):
+        """Inside the block the base model answers."""
+        if not self.adapter_active:
+            yield self
+            return
+        self._switch["adapter"] = False
+        try:
+            with self.model.disable_adapter():
+                yield self
+        finally:
+            self._switch["adapter"] = True
+
+    @contextmanager
+    def dropout(self, seed):
+        """Inside the block one sub-network of the adapter answers, drawn from `seed`.
+
+        Each input of a LoRA layer is dropped with the rate of its training, for every text and
+        position alike: a draw of the weights, so that an answer depends on the seed and the text
+        alone and all that is fast otherwise stays so. Raises UserError where there is no active
+        adapter or one without dropout.
+        Source: Gal and Ghahramani 2016, https://arxiv.org/abs/1512.05287 (one mask for all
+        positions); Kirsch et al. 2019, https://arxiv.org/abs/1906.08158 (one for all texts)
+        """
+        import torch
+
+        inputs = [  # (weights that read them, rate)
+            (module.lora_A[name].weight, layer.p)
+            for module in self.model.modules()
+            for name, layer in getattr(module, "lora_dropout", {}).items()
+            if name in module.lora_A and isinstance(layer, torch.nn.Dropout) and layer.p > 0
+        ]
+        if not self.adapter_active or not inputs:
+            raise UserError(
+                "Monte-Carlo dropout needs an adapter that was trained with --dropout above 0"
+            )
+        _ = self.engine.shares_prefix  # found out without dropout
+        generator = torch.Generator().manual_seed(seed)
+        whole = [weight.detach().clone() for weight, _ in inputs]
+        with torch.no_grad():
+            for weight, rate in inputs:
+                kept = torch.rand(weight.shape[1], generator=generator) >= rate
+                weight.mul_((kept / (1 - rate)).to(weight))
+        try:
+            yield self
+        finally:
+            with torch.no_grad():
+                for (weight, _), before in zip(inputs, whole, strict=True):
+                    weight.copy_(before)
+
+    @contextmanager
+    def counted_passes(self):
+        """Inside the block the list that it gives grows by the sequences of every forward pass."""
+        counts = []
+        embeddings = self.model.get_input_embeddings()
+        hook = embeddings.register_forward_hook(lambda _, inputs, __: counts.append(len(inputs[0])))
+        try:
+            yield counts
+        finally:
+            hook.remove()
 
     def label_logprobs(self, sequences, temperature=1.0, prefix=None):
         """[(K,) list of log-probabilities in nats] for prompts given as token ids.
@@ -780,6 +857,46 @@ class TransformerLogprobsClassifier:
         prompt, answer = self.encoder.prompt(text.strip()), mean_prediction(self.task, orders)
         return Explanation(prompt, orders[0], top, words, orders, answer)
 
+    def greedy_replies(self, sequences, max_new_tokens):
+        """[str] what the model generates after each prompt, given as token ids, up to its end.
+
+        The most probable token is taken at every step, whatever its generation settings say.
+        """
+        import torch
+        from transformers import GenerationConfig
+
+        end = self.model.generation_config.eos_token_id
+        settings = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=end if end is not None else self.tokenizer.eos_token_id,
+            pad_token_id=0,  # behind the mask: any id does
+        )
+        replies = [""] * len(sequences)
+        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+        while order:
+            width = len(sequences[order[0]])
+            size = max(1, self.engine.budget // (width + max_new_tokens))
+            batch, order = order[:size], order[size:]
+            ids = torch.zeros(len(batch), width, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(
+                batch
+            ):  # padded on the left: every reply starts at the same place
+                ids[row, width - len(sequences[i]) :] = torch.tensor(sequences[i])
+                mask[row, width - len(sequences[i]) :] = 1
+            with torch.inference_mode():
+                generated = self.model.generate(
+                    input_ids=ids.to(self.device),
+                    attention_mask=mask.to(self.device),
+                    generation_config=settings,
+                )[:, width:]
+            for i, tokens in zip(batch, generated.tolist(), strict=True):
+                replies[i] = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return replies
+
     def raw_prompt_ids(self, prompt):
         """Token ids of `prompt` as it stands; one beyond the context loses its beginning.
 
@@ -820,19 +937,47 @@ def mean_prediction(task, predictions):
         predictions[0].example_id,
         task,
         np.logaddexp.reduce(logprobs, axis=0) - np.log(len(predictions)),
+        method=predictions[0].method,
+        label_slack=mean_slack(predictions),
         truncated=any(p.truncated for p in predictions),
         latency_sec=sum(p.latency_sec for p in predictions),
     )
 
 
-def load_classifier(settings, adapter=None, task=None):
+def mean_slack(predictions):
+    """(K,) mean of the predictions' label_slack, or None where every answer word was read."""
+    known = [p.label_slack for p in predictions if p.label_slack is not None]
+    return np.sum(known, axis=0) / len(predictions) if known else None
+
+
+def open_classifier(settings, adapter=None, task=SENTIMENT, sampling=False):
+    """The `LogprobsClassifier` that `ModelSettings` name: of a model here, or of a server.
+
+    sampling: of a server without log-probabilities answers may be drawn. Raises UserError.
+    """
+    settings.check()
+    if settings.backend == LOCAL:
+        return TransformerLogprobsClassifier(settings, adapter, task)
+    if adapter is not None:
+        raise UserError(
+            "--backend openai takes no adapter from a folder; give it to the server, and give the "
+            "name that it has there as --model (docs/SCALING.md)"
+        )
+    from openai_backend import ServerLogprobsClassifier
+
+    return ServerLogprobsClassifier(settings, task, sampling)
+
+
+def load_classifier(settings, adapter=None, task=None, sampling=False):
     """The classifier that the flags --model, --adapter and --task of a command line name.
 
     settings: `ModelSettings`; their model may also be "base", the embedded model, or "finetuned",
     the model that the adapter was trained on. adapter: a folder, for "finetuned" by default
     fine_tuned_sentiment_model/. task: by default the one that the adapter was trained for, else
-    sentiment. Raises UserError.
+    sentiment. sampling: as for `open_classifier`. Raises UserError.
     """
+    if settings.backend != LOCAL:  # the server has names of its own
+        return open_classifier(settings, adapter, task or SENTIMENT, sampling)
     if settings.model == "base":
         settings = replace(settings, model=ModelSettings.model)
     trained_here = settings.model == "finetuned"
@@ -846,7 +991,7 @@ def load_classifier(settings, adapter=None, task=None):
                 task = Task.from_json(read_json(path, RETRAIN))
             except (KeyError, TypeError) as error:
                 raise UserError(f"{path} is damaged ({error!r}); {RETRAIN}") from error
-    return TransformerLogprobsClassifier(settings, adapter, task or SENTIMENT)
+    return open_classifier(settings, adapter, task or SENTIMENT, sampling)
 
 
 def _base_model(adapter):

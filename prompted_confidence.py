@@ -108,7 +108,7 @@ def verbalised_predictions(siblings, texts, own):
 
     def ask(sibling, texts, own):
         encoded = sibling.encoder.encode([text.strip() for text in texts])
-        replies = greedy_replies(sibling, [ids for ids, _ in encoded], REPLY_TOKENS)
+        replies = sibling.greedy_replies([ids for ids, _ in encoded], REPLY_TOKENS)
         rows = []
         for first, (_, truncated), reply in zip(own, encoded, replies, strict=True):
             confidence = stated_confidence(reply)
@@ -141,42 +141,3 @@ def _by_answer(ask, siblings, texts, own):
         for place, row in zip(places, asked, strict=True):
             rows[place] = row
     return rows
-
-
-def greedy_replies(classifier, sequences, max_new_tokens):
-    """[str] what the model generates after each prompt of `sequences`, token ids, up to its end.
-
-    The most probable token is taken at every step, whatever the model's generation settings say.
-    """
-    import torch
-    from transformers import GenerationConfig
-
-    end = classifier.model.generation_config.eos_token_id
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=end if end is not None else classifier.tokenizer.eos_token_id,
-        pad_token_id=0,  # behind the mask: any id does
-    )
-    replies = [""] * len(sequences)
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    while order:
-        width = len(sequences[order[0]])
-        size = max(1, classifier.engine.budget // (width + max_new_tokens))
-        batch, order = order[:size], order[size:]
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(batch):  # padded on the left: every reply starts at the same place
-            ids[row, width - len(sequences[i]) :] = torch.tensor(sequences[i])
-            mask[row, width - len(sequences[i]) :] = 1
-        with torch.inference_mode():
-            generated = classifier.model.generate(
-                input_ids=ids.to(classifier.device),
-                attention_mask=mask.to(classifier.device),
-                generation_config=settings,
-            )[:, width:]
-        for i, tokens in zip(batch, generated.tolist(), strict=True):
-            replies[i] = classifier.tokenizer.decode(tokens, skip_special_tokens=True)
-    return replies

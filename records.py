@@ -38,6 +38,8 @@ ARRAY_FIELDS = (  # of a prediction, as columns of `ModelResults.arrays`
     "pass_logprobs",
 )
 
+TUPLE_FIELDS = ("label_logprobs", "label_slack", "label_counts")  # lists in JSON
+
 
 @dataclass(frozen=True)
 class Example:
@@ -79,6 +81,9 @@ class Prediction:
     passes: sequences that went through the model for this row, beyond those of token_probability.
     latency_sec: seconds they took, as a share of those of the rows scored together.
     error: why there is no prediction; all other results but the cost are None then.
+    label_slack: (K,) how much of the probability of each label was not read but is an upper bound,
+        for answer words that a server left out: the true one is at most that much lower. None
+        where all were read. What is predicted is certain all the same.
     """
 
     example_id: str
@@ -94,6 +99,7 @@ class Prediction:
     passes: float | None = None
     latency_sec: float | None = None
     error: str | None = None
+    label_slack: tuple[float, ...] | None = None
 
     @property
     def margin(self):
@@ -102,12 +108,26 @@ class Prediction:
         return top[0] - top[1]
 
 
-def prediction_from_logprobs(example_id, task, label_logprobs, method=TOKEN_PROBABILITY, **extra):
-    """The prediction that follows from (K,) label log-probabilities (nats)."""
+def prediction_from_logprobs(
+    example_id, task, label_logprobs, method=TOKEN_PROBABILITY, label_slack=None, **extra
+):
+    """The prediction that follows from (K,) label log-probabilities (nats).
+
+    An error where they are upper bounds and do not say for sure which label is the most probable.
+    """
     logprobs = np.asarray(label_logprobs, dtype=np.float64)
     if logprobs.shape != (len(task.labels),) or not np.isfinite(logprobs).all():
         raise ValueError(f"expected {len(task.labels)} finite log-probabilities, got {logprobs}")
     best = int(logprobs.argmax())
+    if label_slack is not None:
+        sure = np.exp(logprobs[best]) - label_slack[best]
+        if (np.delete(np.exp(logprobs), best) >= sure).any():
+            error = (
+                "the server returned too few tokens to tell which label is the most probable; use "
+                "one that has logprob_token_ids (vLLM) or returns more log-probabilities"
+            )
+            return Prediction(example_id=example_id, method=method, error=error)
+        extra["label_slack"] = tuple(float(v) for v in label_slack)
     return Prediction(
         example_id=example_id,
         method=method,
@@ -129,7 +149,7 @@ def prediction_from_json(row):
     """The inverse of `prediction_to_json`. Raises ValueError for a field that does not exist."""
     if unknown := set(row) - {f.name for f in fields(Prediction)}:
         raise ValueError(f"unknown prediction field {min(unknown)!r}")
-    tuples = {k: tuple(row[k]) for k in ("label_logprobs", "label_counts") if k in row}
+    tuples = {k: tuple(row[k]) for k in TUPLE_FIELDS if k in row}
     if "pass_logprobs" in row:
         tuples["pass_logprobs"] = tuple(map(tuple, row["pass_logprobs"]))
     return Prediction(**{**row, **tuples})

@@ -328,11 +328,27 @@ def _check_keys(path, what, data, required, optional=frozenset()):
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Which model is asked, and where it runs."""
+    """Which model is asked, and where it runs. `check` says whether the settings fit together."""
 
     model: str = setting(
         "embedded", f"preset ({', '.join(MODEL_PRESETS)}), hub id or local folder of the model"
     )
+    backend: str = setting(
+        "local",
+        "local, or openai: an OpenAI-compatible server (vLLM, SGLang, llama.cpp) has the model and "
+        "calls it --model; docs/SCALING.md",
+    )
+    base_url: str | None = setting(
+        None,
+        "address of that server's API, such as http://127.0.0.1:8000/v1; if it wants a key, it is "
+        "that of OPENAI_API_KEY",
+    )
+    tokenizer: str | None = setting(
+        None,
+        "folder or hub id of the tokenizer of that server's model (default: --model, where it is a "
+        "preset, a folder or a hub id)",
+    )
+    concurrency: int = setting(32, "requests that this server works on at the same time")
     device: str = setting("auto", "auto, cuda, mps or cpu")
     dtype: str = setting(
         "auto",
@@ -350,6 +366,32 @@ class ModelSettings:
     device_map: str = setting(
         "none", "none (one device), or auto, balanced or sequential: spread over the GPUs there are"
     )
+
+    def check(self):
+        """Raises UserError for a setting of one backend that is given with the other."""
+        if self.backend not in BACKENDS:
+            raise UserError(f"--backend must be {' or '.join(BACKENDS)}, got {self.backend!r}")
+        for name in BACKENDS[OPENAI if self.backend == LOCAL else LOCAL]:
+            if getattr(self, name) != getattr(ModelSettings, name):
+                flag = name.replace("_", "-")
+                raise UserError(
+                    f"--{flag} is not for --backend {self.backend}; leave it out, or change "
+                    "--backend"
+                )
+        if self.backend == OPENAI and self.base_url is None:
+            raise UserError(
+                "--backend openai needs --base-url, the address of the server's API; it is like "
+                "http://127.0.0.1:8000/v1"
+            )
+        if self.concurrency < 1:
+            raise UserError(f"--concurrency must be at least 1, got {self.concurrency}")
+
+
+LOCAL, OPENAI = "local", "openai"
+BACKENDS = {  # where the model can be, with the settings that only this backend reads
+    LOCAL: ("device", "dtype", "quantization", "batch_tokens", "attention", "device_map"),
+    OPENAI: ("base_url", "tokenizer", "concurrency"),
+}
 
 
 @dataclass(frozen=True)

@@ -11,26 +11,12 @@ import json
 import sys
 import time
 
-import urllib3
-from urllib3.exceptions import HTTPError, InvalidHeader, LocationParseError
-
+from http_client import JsonServer, NoAnswer
 from serving.settings import API_KEY_VARIABLE, length_problem
 from settings import UserError
 
-CONNECT_SEC, ANSWER_SEC = 10.0, 300.0
 MOST_TEXTS_AT_ONCE = 64  # so that the texts of others find room between
 PATIENCE_SEC = 600.0  # of being refused, until a request is given up
-# To ask twice does no harm, so a connection that was closed is opened again; nothing else is.
-RETRIES = urllib3.Retry(
-    connect=0,
-    read=1,
-    redirect=0,
-    status=0,
-    other=0,
-    allowed_methods=None,
-    raise_on_redirect=False,
-    respect_retry_after_header=False,  # done here, with a word about it
-)
 
 
 class RemoteModel:
@@ -41,18 +27,8 @@ class RemoteModel:
     """
 
     def __init__(self, url, name, key):
-        self.url, self.name = url.rstrip("/"), name
-        try:
-            parts = urllib3.util.parse_url(self.url)
-        except LocationParseError:
-            parts = urllib3.util.Url()
-        if parts.scheme not in ("http", "https") or not parts.host or parts.query or parts.fragment:
-            raise UserError(f"{url!r} is no address of a server; it is like http://127.0.0.1:8000")
-        self._headers = {"Content-Type": "application/json"}
-        if key is not None:
-            self._headers["X-API-Key"] = key
-        timeout = urllib3.Timeout(connect=CONNECT_SEC, read=ANSWER_SEC)
-        self._pool = urllib3.PoolManager(retries=RETRIES, timeout=timeout)
+        self._server = JsonServer(url, "--server", None if key is None else {"X-API-Key": key})
+        self.url, self.name = self._server.url, name
         until = time.monotonic() + PATIENCE_SEC
         while (data := self._ask("GET", "/models", until)) is None:
             pass
@@ -126,34 +102,27 @@ class RemoteModel:
 
     def _ask(self, method, path, until, body=None):
         """The JSON that answers a request; None after a 503, once its Retry-After is over."""
-        data = None if body is None else json.dumps(body).encode("ascii")
         try:
-            response = self._pool.request(method, self.url + path, body=data, headers=self._headers)
-        except HTTPError as error:
+            answer = self._server.ask(method, path, body)
+        except NoAnswer as error:
             raise UserError(
-                f"no answer from {self.url} ({reason_of(error)}); start the server with: python "
+                f"no answer from {self.url} ({error}); start the server with: python "
                 "classify_api.py, or give another --server"
             ) from error
-        try:
-            answer = json.loads(response.data)
-        except ValueError:
-            raise self._stranger(f"status {response.status} without JSON") from None
-        if response.status == 200:
-            return answer
-        problem = answer if isinstance(answer, dict) else {}
+        if answer.data is None:
+            raise self._stranger(f"status {answer.status} without JSON")
+        if answer.status == 200:
+            return answer.data
+        problem = answer.data if isinstance(answer.data, dict) else {}
         detail = problem.get("detail", "it does not say why")
-        if response.status == 401:
+        if answer.status == 401:
             raise UserError(
                 f"the server {self.url} wants its key; set {API_KEY_VARIABLE} to the one it was "
                 "started with"
             )
-        if response.status != 503 or str(problem.get("type")).endswith(":model-unavailable"):
-            raise UserError(f"the server {self.url} answered {response.status}: {detail}")
-        try:
-            wait_sec = RETRIES.get_retry_after(response)
-        except InvalidHeader:
-            wait_sec = None
-        wait_sec = 1.0 if wait_sec is None else wait_sec
+        if answer.status != 503 or str(problem.get("type")).endswith(":model-unavailable"):
+            raise UserError(f"the server {self.url} answered {answer.status}: {detail}")
+        wait_sec = 1.0 if answer.retry_after_sec is None else answer.retry_after_sec
         if time.monotonic() + wait_sec > until:
             raise UserError(
                 f"the server {self.url} has refused for {PATIENCE_SEC:g} s ({detail}); run the "
@@ -168,10 +137,3 @@ class RemoteModel:
             f"{self.url} does not answer like a classify_api.py of this version ({why}); give "
             "another --server"
         )
-
-
-def reason_of(error):
-    """What was wrong with a connection, in a few words."""
-    reason = getattr(error, "reason", None) or error
-    cause = reason.__cause__ or reason
-    return getattr(cause, "strerror", None) or str(cause)

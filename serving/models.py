@@ -218,6 +218,11 @@ class Catalogue:
                     "the name of an adapter's folder may have letters, digits, dots, hyphens and "
                     f"underscores, at most 64; rename {name!r}"
                 )
+            if self.base_identity["model_fingerprint"] is None:
+                raise UserError(
+                    "the base model is on another server; give the adapter to that server, and its "
+                    "name there as --model to a classify_api.py of its own"
+                )
             task = read_adapter_task(folder, self.base_identity["model_fingerprint"])
             encoders = self._encoders(task)
             key = weights_fingerprint(folder)

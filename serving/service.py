@@ -45,10 +45,10 @@ class Service:
 
     def _load(self):
         """In the model thread."""
-        from logprobs_confidence import TransformerLogprobsClassifier
+        from logprobs_confidence import open_classifier
 
         started = time.perf_counter()
-        classifier = TransformerLogprobsClassifier(self.model_settings, task=self.task)
+        classifier = open_classifier(self.model_settings, task=self.task)
         model = SharedModel(classifier, self.settings.max_adapters)
         model.check_itself()
         if self.settings.queue_tokens is None:

@@ -25,6 +25,8 @@ LAYERS = {
     "risk_control": 1,
     "engine": 2,
     "ray_engine": 2,
+    "http_client": 2,
+    "openai_backend": 2,
     "table_files": 1,
     "signal_comparison": 1,
     "signals": 1,

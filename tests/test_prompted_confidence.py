@@ -12,7 +12,6 @@ from logprobs_confidence import TransformerLogprobsClassifier
 from prompted_confidence import (
     REPLY_TOKENS,
     content_free_rows,
-    greedy_replies,
     p_true_predictions,
     p_true_siblings,
     p_true_task,
@@ -189,7 +188,7 @@ def test_replies_are_those_of_one_at_a_time_greedy_decoding(classifier, batch_to
     sibling = stated_siblings(classifier)["positive"]
     sibling.settings = replace(sibling.settings, batch_tokens=batch_tokens)
     sequences = [ids for ids, _ in sibling.encoder.encode(TEXTS)]
-    replies = greedy_replies(sibling, sequences, REPLY_TOKENS)
+    replies = sibling.greedy_replies(sequences, REPLY_TOKENS)
     ends = classifier.model.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else ends
     for ids, reply in zip(sequences, replies, strict=True):
