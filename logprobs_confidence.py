@@ -54,7 +54,7 @@ FULL_PRECISION_TOLERANCE = 1e-4  # largest |Δ probability|, batched against one
 HALF_PRECISION_TOLERANCE = 3e-2  # the same for bfloat16 and float16
 DEVICE_MAPS = ("none", "auto", "balanced", "sequential")
 ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
-ENGINE_VERSION = 2  # of how probabilities are computed; another one, other last digits
+ENGINE_VERSION = 3  # of how probabilities are computed; another one, other last digits
 CHUNK = 4096  # texts tokenised at a time, so that memory does not grow with their number
 CHECK_TEXTS = (  # on which a loaded model's engine is compared with its plain forward pass
     "Fine.",

@@ -66,7 +66,7 @@ class Requests:
     """
 
     shares_prefix = False
-    budget = 512  # tokens of a worker; says how many texts a server of ours takes at once
+    budget = 1  # token: every prompt is a batch of its own
 
     def __init__(self, url, workers):
         key = os.environ.get(KEY_VARIABLE)

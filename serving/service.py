@@ -11,7 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from serving.metrics import Metrics
-from serving.models import Catalogue, SharedModel
+from serving.models import ENOUGH_TOKENS, Catalogue, SharedModel
 from serving.problems import Problem
 from serving.worker import Job, ModelWorker, TokenQueue
 from settings import UserError
@@ -52,7 +52,8 @@ class Service:
         model = SharedModel(classifier, self.settings.max_adapters)
         model.check_itself()
         if self.settings.queue_tokens is None:
-            self.queue.max_tokens = ROUNDS_THAT_WAIT * model.parallel * model.batch_tokens
+            batch_tokens = max(model.batch_tokens, ENOUGH_TOKENS)
+            self.queue.max_tokens = ROUNDS_THAT_WAIT * model.parallel * batch_tokens
         catalogue = Catalogue(classifier, self.settings)
         served = [m.name for m in catalogue.all()]
         self.catalogue = catalogue
