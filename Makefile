@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# One thread for each of two workers, nothing from the network, and compiled modules are kept: the
+# tests start dozens of processes.
+TESTING := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=
 
 .PHONY: pipeline test slow-test check format charts embedded-model readme benchmark clean help
 
@@ -39,10 +42,10 @@ benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/speed.py
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(TESTING) $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 slow-test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow -n 2
+	$(TESTING) $(BIN)/python -m pytest -q -m slow -n 2
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
