@@ -17,7 +17,7 @@ help:
 	@echo "make format          rewrite the code in the project's format"
 	@echo "make charts          draw images/ again from evaluation_cache/"
 	@echo "make readme          rewrite the measured numbers in README.md from evaluation_cache/"
-	@echo "make benchmark       how fast it is beside other ways; within 20 minutes on two idle cores"
+	@echo "make benchmark       how fast it is beside other ways; some 20 minutes on two idle cores"
 	@echo "make clean           remove .venv and everything that is not in the repository"
 
 $(VENV)/.installed: requirements.txt

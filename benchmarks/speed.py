@@ -1,6 +1,6 @@
 """How fast classification and fine-tuning are, beside what a user would otherwise run.
 
-    python benchmarks/speed.py                  # everything, within 20 minutes on two cores
+    python benchmarks/speed.py                  # everything, some 20 minutes on two cores
     python benchmarks/speed.py --quick          # the same code on few rows
     python benchmarks/speed.py --update-docs    # write the last results into docs/PERFORMANCE.md
 
