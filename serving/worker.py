@@ -197,7 +197,7 @@ class ModelWorker:
                 batch = self.queue.take(model.batch_tokens, model.parallel, model.max_adapters)
                 if not batch:
                     return
-                pool.submit(self._go, self._with_adapters(batch))
+                pool.submit(self._go, self._with_adapters(batch)).add_done_callback(log_failure)
 
     def _with_adapters(self, batch):
         """The rows whose adapters are in memory now; the others are answered with the reason."""
@@ -254,6 +254,12 @@ class ModelWorker:
                 complete = len(job.results) == len(job.rows)
             if complete:
                 job.finish([job.results[i] for i in range(len(job.rows))])
+
+
+def log_failure(done):
+    """What a scoring thread raised besides the errors of its rows: a pool keeps that to itself."""
+    if (error := done.exception()) is not None:
+        log_unexpected(error)
 
 
 def log_unexpected(error):

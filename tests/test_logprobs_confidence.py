@@ -9,6 +9,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 
 from conftest import ARCHITECTURES, HYBRID
 from dataset_loader import load_splits
+from engine import Engine
 from logprobs_confidence import (
     PromptEncoder,
     TransformerLogprobsClassifier,
@@ -728,3 +730,15 @@ def test_demonstration_prints_a_row_a_text(capsys):
     assert len(lines) == 3 and lines[1].endswith("I loved it.")
     assert main(["--model", "no-such-preset", "x"]) == 1
     assert "error: there is no model" in capsys.readouterr().err
+
+
+def test_a_batch_ends_where_the_next_row_would_mostly_be_padding():
+    engine = SimpleNamespace(budget=400, workers=1)
+    lengths = [50, 100, 50, 100, 100, 90, 50, 20, 10]
+    batches = list(Engine._batches(engine, lengths))
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    assert [[lengths[row] for row in batch] for batch in batches] == [
+        [100, 100, 100, 90],
+        [50, 50, 50],
+        [20, 10],
+    ]
