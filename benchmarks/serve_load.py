@@ -6,10 +6,10 @@
 
 The part litserve needs: pip install litserve
 
-Servers that are compared run at the same time and take turns under load, in short rounds, so that
-other work on the machine hits both alike; their ratio is what counts. Traffic goes to 127.0.0.1
-alone. Progress on stderr; on stdout what was asked for and measured, and as the last line one JSON
-object. Exit codes: 0 all is kept, 1 something is not, 2 bad usage.
+Servers that are compared take turns under load, in short rounds (the other one is halted
+meanwhile), so that other work on the machine hits both alike; their ratio is what counts. Traffic
+goes to 127.0.0.1 alone. Progress on stderr; on stdout what was asked for and measured, and as the
+last line one JSON object. Exit codes: 0 all is kept, 1 something is not, 2 bad usage.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -86,16 +87,9 @@ class Server:
     @property
     def rss_mib(self):
         """Resident memory of the process and its children."""
-        total, pids = 0, [str(self.process.pid)]
-        while pids:
-            pid = pids.pop()
-            try:
-                status = Path(f"/proc/{pid}/status").read_text()
-                pids += Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-            except OSError:
-                continue
-            total += int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
-        return total
+        main = psutil.Process(self.process.pid)
+        processes = [main, *main.children(recursive=True)]
+        return sum(process.memory_info().rss for process in processes) / 2**20
 
     def stop(self):
         self.process.terminate()
@@ -182,13 +176,28 @@ class Tally:
         }
 
 
+@contextlib.contextmanager
+def halted(servers):
+    """Inside the block these servers compute nothing: litserve polls while nobody asks."""
+    for server in servers:
+        os.killpg(server.process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for server in servers:
+            os.killpg(server.process.pid, signal.SIGCONT)
+
+
 async def take_turns(contestants, seconds, after_round=lambda: None):
-    """{name: Tally}; contestants: {name: (port, bodies, clients, path)}, rounds of ROUND_SEC."""
+    """{name: Tally}; contestants: {name: (server, bodies, clients, path)}, rounds of ROUND_SEC."""
     tallies = {name: Tally() for name in contestants}
+    servers = {server for server, *_ in contestants.values()}
     rounds = max(1, round(seconds / ROUND_SEC))
     for number in range(rounds):
-        for name, (port, bodies, clients, path) in contestants.items():
-            found, took = await load(port, bodies, clients, min(seconds, ROUND_SEC), path)
+        for name, (server, bodies, clients, path) in contestants.items():
+            with halted(servers - {server}):
+                one = min(seconds, ROUND_SEC)
+                found, took = await load(server.port, bodies, clients, one, path)
             tallies[name].add(found, took)
         after_round()
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
@@ -225,8 +234,8 @@ async def batching(texts, seconds, _):
         await load(alone.port, bodies, CLIENTS, 2)
         tallies = await take_turns(
             {
-                "together": (together.port, bodies, CLIENTS, "/classify"),
-                "alone": (alone.port, bodies, CLIENTS, "/classify"),
+                "together": (together, bodies, CLIENTS, "/classify"),
+                "alone": (alone, bodies, CLIENTS, "/classify"),
             },
             seconds,
             after_round=lambda: rss.append(together.rss_mib),
@@ -351,8 +360,8 @@ async def adapters(texts, seconds, folder):
         await load(server.port, ten, CLIENTS, 5)  # loads the adapters
         tallies = await take_turns(
             {
-                "ten": (server.port, ten, CLIENTS, "/classify"),
-                "one": (server.port, one, CLIENTS, "/classify"),
+                "ten": (server, ten, CLIENTS, "/classify"),
+                "one": (server, one, CLIENTS, "/classify"),
             },
             seconds,
         )
@@ -411,8 +420,8 @@ async def litserve(texts, seconds, folder):
         await load(theirs.port, bodies, CLIENTS, 2, "/predict")
         tallies = await take_turns(
             {
-                "ours": (ours.port, bodies, CLIENTS, "/classify"),
-                "litserve": (theirs.port, bodies, CLIENTS, "/predict"),
+                "ours": (ours, bodies, CLIENTS, "/classify"),
+                "litserve": (theirs, bodies, CLIENTS, "/predict"),
             },
             seconds,
         )

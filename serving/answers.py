@@ -433,12 +433,12 @@ def by_promise(model, prediction, promise):
     }
 
 
-def info_on(model, shared):
-    """The `ModelInfo` of a `ServedModel` or `BrokenModel`; shared: the `SharedModel`."""
+def info_on(model, process):
+    """The `ModelInfo` of a `ServedModel` or `BrokenModel`; process: the `ModelProcess`."""
     if isinstance(model, BrokenModel):
         return ModelInfo(name=model.name, status="broken", reason=model.reason)
-    status = "in memory" if model.key is None or model.key in shared.loaded else "on disk"
-    if model.key in shared.failed:
+    status = "in memory" if model.key is None or model.key in process.loaded else "on disk"
+    if model.key in process.failed:
         status = "broken"
     calibrator, promises, reason = None, {}, model.decisions_reason
     if model.calibrator is not None:
@@ -454,7 +454,7 @@ def info_on(model, shared):
     return ModelInfo(
         name=model.name,
         status=status,
-        reason=shared.failed.get(model.key),
+        reason=process.failed.get(model.key),
         task=model.task.name,
         question=model.task.question,
         labels=list(model.task.label_names),

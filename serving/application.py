@@ -190,12 +190,12 @@ def create_app(service, key=None):
         found = await service.in_front(service.catalogue_models)
         return ModelsAnswer(
             base=service.model_settings.model,
-            dtype=service.catalogue.base_identity["dtype"],
-            device=service.worker.model.classifier.device,
+            dtype=service.catalogue.base.identity["dtype"],
+            device=service.catalogue.base.device,
             models=[info_on(model, service.worker.model) for model in found],
             limits=Limits(
                 text_chars=service.settings.max_text_chars,
-                prompt_tokens=service.catalogue.max_tokens,
+                prompt_tokens=service.catalogue.base.max_tokens,
                 body_bytes=service.settings.max_body_bytes,
             ),
         )

@@ -1,27 +1,20 @@
 """The models that are served: the base model, and adapters in folders beside it.
 
 `Catalogue` finds them: it reads folders and calibrators, tokenises texts, and never touches the
-weights. `SharedModel` holds one copy of the base weights, loads and drops adapters, and scores.
-The catalogue belongs to one thread and has a tokenizer of its own, because a tokenizer is not
-thread-safe.
+weights, which are in the process of the model (`serving.model_process`). It belongs to one thread,
+because a tokenizer is not thread-safe.
 
 A folder is served if it is as fine_tune_model.py writes it (adapter_config.json,
 adapter_model.safetensors, task.json, manifest.json). `calibrator.json` in it, written by
 `calibration.save_calibrator`, is its calibrator; without that file the evaluation cache is asked.
 """
 
-import copy
 import logging
-import math
 import re
-import shutil
 import time
-from collections import OrderedDict
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from calibration import (
@@ -34,9 +27,7 @@ from calibration import (
 from comparison import load_models
 from decisions import automation, enough_groups, score_answers, zone_table
 from logprobs_confidence import (
-    FINGERPRINTED_FILES,
     PromptEncoder,
-    mean_prediction,
     text_problem,
     weights_fingerprint,
 )
@@ -74,6 +65,24 @@ class Decisions:
     reason: str | None = None
 
 
+@dataclass(frozen=True)
+class BaseModel:
+    """What the process of the model says of the base model.
+
+    identity: `LogprobsClassifier.identity`. max_tokens: of a prompt. parallel: batches scored at
+    the same time, each of at most batch_tokens tokens.
+    """
+
+    task: Task
+    identity: dict
+    tokenizer: object
+    max_tokens: int
+    shares_prefix: bool
+    device: str
+    parallel: int
+    batch_tokens: int
+
+
 @dataclass(frozen=True, eq=False)
 class ServedModel:
     """A model that answers. key: fingerprint of its adapter's files, None for the base model.
@@ -94,9 +103,22 @@ class ServedModel:
     decisions: Decisions | None
     decisions_reason: str | None
 
+    @property
+    def adapter(self):
+        """The `Adapter`, None of the base model."""
+        return None if self.key is None else Adapter(self.key, self.folder, self.task)
+
     @cached_property
     def calibrator_fingerprint(self):
         return None if self.calibrator is None else fingerprint(self.calibrator.to_json())
+
+
+class Adapter(NamedTuple):
+    """Files of an adapter. key: their fingerprint; task: that which they were trained on."""
+
+    key: str
+    folder: Path
+    task: Task
 
 
 class EncodedText(NamedTuple):
@@ -159,15 +181,10 @@ def file_signature(paths):
 
 
 class Catalogue:
-    """Names → `ServedModel`. For one thread."""
+    """Names → `ServedModel`. For one thread. base: `BaseModel`."""
 
-    def __init__(self, classifier, settings):
-        self.settings = settings
-        self.tokenizer = copy.deepcopy(classifier.tokenizer)
-        self.max_tokens = classifier.encoder.max_tokens
-        self.base_identity = classifier.identity
-        self.base_task = classifier.task
-        self.shares_prefix = classifier.engine.shares_prefix
+    def __init__(self, base, settings):
+        self.base, self.settings = base, settings
         self._folders = {}
         self._looked = -float("inf")
         self._evaluated = None
@@ -210,7 +227,7 @@ class Catalogue:
 
     def _open(self, name, folder):
         if folder is None:
-            task, key, identity = self.base_task, None, self.base_identity
+            task, key, identity = self.base.task, None, self.base.identity
             encoders = self._encoders(task)
         else:
             if not NAME.fullmatch(name):
@@ -218,15 +235,15 @@ class Catalogue:
                     "the name of an adapter's folder may have letters, digits, dots, hyphens and "
                     f"underscores, at most 64; rename {name!r}"
                 )
-            if self.base_identity["model_fingerprint"] is None:
+            if self.base.identity["model_fingerprint"] is None:
                 raise UserError(
                     "the base model is on another server; give the adapter to that server, and its "
                     "name there as --model to a classify_api.py of its own"
                 )
-            task = read_adapter_task(folder, self.base_identity["model_fingerprint"])
+            task = read_adapter_task(folder, self.base.identity["model_fingerprint"])
             encoders = self._encoders(task)
             key = weights_fingerprint(folder)
-            identity = adapter_identity(self.base_identity, key, encoders)
+            identity = adapter_identity(self.base.identity, key, encoders)
         return ServedModel(
             name,
             folder,
@@ -240,7 +257,9 @@ class Catalogue:
 
     def _encoders(self, task):
         orders = task.orders
-        return tuple(PromptEncoder(self.tokenizer, order, self.max_tokens) for order in orders)
+        return tuple(
+            PromptEncoder(self.base.tokenizer, order, self.base.max_tokens) for order in orders
+        )
 
     # ----------------------------------------------------------------------------------- lookup
 
@@ -269,7 +288,7 @@ class Catalogue:
             problem = text_problem(text) or length_problem(text, self.settings.max_text_chars)
             if problem is None:
                 try:
-                    results.append(encoded_text(model.encoders, text, self.shares_prefix))
+                    results.append(encoded_text(model.encoders, text, self.base.shares_prefix))
                     continue
                 except UserError as error:  # a control token that this tokenizer cannot tell apart
                     problem = str(error)
@@ -358,261 +377,3 @@ def measured_decisions(model):
         return Decisions(zones, selected, reason=reason)
     scored = score_answers(calibration, test)
     return Decisions(zones, selected, scored.fitted, automation(scored))
-
-
-# ----------------------------------------------------------------------------------- the weights
-
-
-def adapter_holder(model):
-    """A `PeftModel` around the model, whose layers can take adapters from then on.
-
-    PEFT cannot be without an active adapter, and loses track of it when that is deleted. So the
-    active one is of rank 1 on one layer, is asked by no row and stays.
-    """
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    linear = next(n for n, layer in model.named_modules() if isinstance(layer, torch.nn.Linear))
-    config = LoraConfig(task_type="CAUSAL_LM", r=1, target_modules=[linear])
-    return get_peft_model(model, config, adapter_name="unused")
-
-
-@contextmanager
-def copied_adapter(model):
-    """A folder with the files of a `ServedModel`'s adapter, which nobody writes to meanwhile.
-
-    Weights are mapped into memory, and to shorten a file that is mapped ends the process. Raises
-    UserError if the files are no longer those that the model was found with.
-    """
-    with ExitStack() as until_loaded:
-        try:
-            folder = until_loaded.enter_context(TemporaryDirectory(prefix="howsure_"))
-            for path in (path for kind in FINGERPRINTED_FILES for path in model.folder.glob(kind)):
-                shutil.copy(path, folder)
-        except OSError as error:
-            raise UserError(
-                f"its files cannot be read now ({error.strerror}); ask again"
-            ) from error
-        if weights_fingerprint(folder) != model.key:
-            raise UserError("its files changed while they were read; ask again")
-        yield folder
-
-
-class Row(list):
-    """Token ids of a prompt; `adapter` is the key of the adapter that answers it, or None."""
-
-    def __init__(self, ids, adapter):
-        super().__init__(ids)
-        self.adapter = adapter
-
-
-class SharedModel:
-    """One copy of the base weights, and the adapters in memory.
-
-    One thread has adapters come and go (`prepare`), while nothing is scored; several may score
-    (`classify`, `explain`). Rows of different adapters go through the model together (`MixedRows`).
-    What the prompts share is computed for each adapter.
-
-    classifier: `TransformerLogprobsClassifier` of the base model. Its engine scores one batch at a
-    time from now on, for each of `parallel` threads. batch_tokens: most tokens of a batch.
-    """
-
-    def __init__(self, classifier, max_adapters):
-        from serving.mixed_lora import MixedRows
-
-        self.classifier, self.engine, self.max_adapters = (
-            classifier,
-            classifier.engine,
-            max_adapters,
-        )
-        self.parallel, self.engine.workers = self.engine.workers, 1
-        budget = self.engine.budget
-        self.batch_tokens = max(math.ceil(budget / self.parallel), min(budget, ENOUGH_TOKENS))
-        self.failed = {}  # key of an adapter that cannot be loaded: why
-        self._holder = None  # PEFT's view of the model, by which adapters come and go
-        self._loaded = OrderedDict()  # key of an adapter: its task; the least recently used first
-        self._classifiers = {classifier.task: classifier}
-        self._prefixes = {}  # (key of an adapter or None, shared token ids): `SharedPrefix`
-        self._rows = MixedRows()
-
-    @property
-    def loaded(self):
-        """Keys of the adapters in memory."""
-        return tuple(self._loaded)
-
-    # --------------------------------------------------------------------------------- adapters
-
-    def prepare(self, models, wait_until_idle):
-        """Have the adapters of at most `max_adapters` models in memory; {model: exception} of those
-        that cannot be.
-
-        wait_until_idle(): called before an adapter comes or goes; returns when nothing is scored.
-        """
-        asked = [model for model in models if model.key is not None]
-        for key in {model.key for model in asked} & set(self._loaded):
-            self._loaded.move_to_end(key)
-        if any(model.key not in self._loaded for model in asked):
-            wait_until_idle()
-        failed = {}
-        for model in models:
-            try:
-                self._require(model)
-                self._classifier(model.task)
-            except Exception as error:  # whatever it is, the others go on
-                failed[model] = error
-        return failed
-
-    def _require(self, model):
-        if model.key is None or model.key in self._loaded:
-            return
-        if model.key in self.failed:
-            raise UserError(self.failed[model.key])
-        while len(self._loaded) >= self.max_adapters:
-            self._drop(next(iter(self._loaded)))
-        self._load(model)
-        self._loaded[model.key] = model.task
-
-    def _drop(self, key):
-        self._loaded.pop(key, None)
-        self._prefixes = {k: prefix for k, prefix in self._prefixes.items() if k[0] != key}
-        if key in self._holder.peft_config:
-            self._holder.delete_adapter(key)
-
-    def _load(self, model):
-        import safetensors
-
-        if self._holder is None:
-            self._holder = adapter_holder(self.engine.model)
-        try:
-            with copied_adapter(model) as folder:
-                self._holder.load_adapter(folder, model.key)
-            self.engine.model.eval()
-            self._rows.tell(self.engine.model)
-            (probe,) = self._score(model.task, [(model.key, self._encoded(model.task, "Good."))])
-            if probe.error is not None:
-                raise UserError(probe.error)
-        except UserError:
-            self._drop(model.key)
-            raise
-        except (
-            safetensors.SafetensorError,
-            ValueError,
-            KeyError,
-            RuntimeError,
-            OSError,
-            TypeError,
-        ) as error:
-            self._drop(model.key)
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            problem = f"its weights do not fit the base model or are damaged ({reason}); {RETRAIN}"
-            self.failed[model.key] = problem  # other files have another key
-            raise UserError(problem) from error
-
-    def _prefix(self, adapters, ids):
-        """`SharedPrefix` of token ids for a batch whose rows ask these adapters, or None."""
-        import torch
-
-        from engine import SharedPrefix, shared_prefix
-
-        if not self.engine.shares_prefix or not ids:
-            return None
-        names = list(dict.fromkeys(adapters))
-        for key in names:
-            if (key, tuple(ids)) not in self._prefixes:
-                with torch.inference_mode(), self._rows.asking([key]):
-                    self._prefixes[key, tuple(ids)] = shared_prefix(self.engine.model, ids)
-        prefixes = [self._prefixes[key, tuple(ids)] for key in names]
-        if len(prefixes) == 1:
-            return prefixes[0]
-        row = torch.tensor([names.index(key) for key in adapters])
-        layers = []
-        for same in zip(*(prefix.layers for prefix in prefixes), strict=True):
-            layer = copy.copy(same[0])  # keys and values of every row's own adapter, (B, ...)
-            layer.keys = torch.cat([one.keys for one in same])[row]
-            layer.values = torch.cat([one.values for one in same])[row]
-            layers.append(layer)
-        return SharedPrefix(ids, layers)
-
-    # ---------------------------------------------------------------------------------- scoring
-
-    def _classifier(self, task):
-        if task not in self._classifiers:
-            used = {self.classifier.task, task, *self._loaded.values()}
-            kept = {t: c for t, c in self._classifiers.items() if t in used}
-            self._classifiers = kept | {task: self.classifier.for_task(task)}
-        return self._classifiers[task]
-
-    def _encoded(self, task, text):
-        encoders = [order.encoder for order in self._classifier(task).orders]
-        return encoded_text(encoders, text, self.engine.shares_prefix)
-
-    def _score(self, task, asked):
-        """A `Prediction` for each (key of an adapter or None, `EncodedText`) of one task."""
-        orders = self._classifier(task).orders
-        passes = [self._pass(order, i, asked) for i, order in enumerate(orders)]
-        return [mean_prediction(task, rows) for rows in zip(*passes, strict=True)]
-
-    def _pass(self, classifier, order, asked):
-        """`_score` in one order of the options, that in which the classifier asks."""
-        rows = [Row(text.prompts[order][0], key) for key, text in asked]
-
-        def score(sequences, prefix):
-            adapters = [row.adapter for row in sequences]
-            if prefix is not None:
-                prefix = self._prefix(adapters, prefix.ids)
-            with self._rows.asking(adapters):
-                return classifier.label_logprobs(sequences, prefix=prefix)
-
-        results = [None] * len(rows)
-        # says which rows begin so
-        prefix = self._prefix([rows[0].adapter], classifier.encoder.prefix)
-        for batch, scored, seconds in self.engine.run(rows, prefix, score):
-            for row, logprobs in zip(batch, scored, strict=True):
-                truncated = asked[row][1].prompts[order][1]
-                results[row] = classifier.prediction(
-                    str(row), logprobs, truncated, seconds / len(batch)
-                )
-        return results
-
-    def classify(self, rows):
-        """A `Prediction` for each (ServedModel, `EncodedText`). Raises UserError."""
-        results, by_task = [None] * len(rows), {}
-        for position, (model, _) in enumerate(rows):
-            by_task.setdefault(model.task, []).append(position)
-        for task, positions in by_task.items():
-            answers = self._score(task, [(rows[i][0].key, rows[i][1]) for i in positions])
-            for position, answer in zip(positions, answers, strict=True):
-                results[position] = answer
-        return results
-
-    def explain(self, model, text, k):
-        """The `Explanation` of one `EncodedText`. Raises UserError."""
-        classifier, asked = self._classifier(model.task), [(model.key, text)]
-        orders = tuple(self._pass(order, i, asked)[0] for i, order in enumerate(classifier.orders))
-        if failed := [p.error for p in orders if p.error is not None]:
-            raise UserError(failed[0])
-        prefix = self._prefix([model.key], classifier.encoder.prefix)
-        with self._rows.asking([model.key]):
-            logits = self.engine.logits([text.prompts[0][0]], prefix=prefix)
-        return classifier.explanation(text.text, orders, logits[0].log_softmax(-1), k)
-
-    def check_itself(self):
-        """Warm up, and compare answers that are known to agree. Raises UserError if they do not.
-
-        Two texts of different length, alone and together: what padding and batching must not move.
-        """
-        texts = ["Good.", "It was neither good nor bad, and I would not go there again. " * 4]
-        task = self.classifier.task
-        asked = [(None, self._encoded(task, text)) for text in texts]
-        together = self._score(task, asked)
-        alone = [self._score(task, [row])[0] for row in asked]
-        for one, other in zip(together, alone, strict=True):
-            if one.error is not None:
-                raise UserError(f"the self-check failed: {one.error}")
-            difference = abs(one.probability - other.probability)
-            if not difference <= self.classifier.tolerance:
-                raise UserError(
-                    f"the self-check failed: batched and alone, P differs by {difference:.2g}, "
-                    f"more than {self.classifier.tolerance:g}; try --dtype float32 or another "
-                    "--device"
-                )

@@ -1,18 +1,18 @@
 """The server behind its addresses: from a question to the results of the model, off the event loop.
 
-event loop ──> front thread ──> queue ──> model thread ──> scoring threads
-HTTP, JSON     names, tokens    bounded   adapters         forward passes
+event loop ──> front thread ──> queue ──> model thread ──> process of the model
+HTTP, JSON     names, tokens    bounded   batches          adapters, forward passes
 """
 
 import asyncio
-import gc
 import logging
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 from serving.metrics import Metrics
-from serving.models import ENOUGH_TOKENS, Catalogue, SharedModel
+from serving.model_process import ModelProcess
+from serving.models import ENOUGH_TOKENS, Catalogue
 from serving.problems import Problem
 from serving.worker import Job, ModelWorker, TokenQueue
 from settings import UserError
@@ -26,7 +26,7 @@ class Service:
     """What one process serves.
 
     settings: `ServingSettings`; model_settings: `settings.ModelSettings`; task: the base model's.
-    on_failure(error): called when the model cannot be loaded.
+    on_failure(error): called when the model cannot be loaded, and when its process ends.
     """
 
     def __init__(self, settings, model_settings, task, on_failure=lambda error: None):
@@ -38,6 +38,7 @@ class Service:
         self.queue = TokenQueue(settings.queue_tokens or math.inf)  # `_load` knows better
         self.metrics = Metrics(self.queue, lambda: len(self.loaded_adapters))
         self.front = ThreadPoolExecutor(1, thread_name_prefix="front")
+        self.on_failure = on_failure
         self.worker = ModelWorker(self._load, self.queue, self.metrics.observe_batch, on_failure)
 
     @property
@@ -46,30 +47,32 @@ class Service:
 
     def _load(self):
         """In the model thread."""
-        from logprobs_confidence import open_classifier
-
         started = time.perf_counter()
-        classifier = open_classifier(self.model_settings, task=self.task)
-        model = SharedModel(classifier, self.settings.max_adapters)
-        model.check_itself()
-        if self.settings.queue_tokens is None:
-            batch_tokens = max(model.batch_tokens, ENOUGH_TOKENS)
-            self.queue.max_tokens = ROUNDS_THAT_WAIT * model.parallel * batch_tokens
-        catalogue = Catalogue(classifier, self.settings)
+        settings = self.settings
+        model = ModelProcess(self.model_settings, self.task, settings.max_adapters, self._ended)
+        base = model.base
+        if settings.queue_tokens is None:
+            batch_tokens = max(base.batch_tokens, ENOUGH_TOKENS)
+            self.queue.max_tokens = ROUNDS_THAT_WAIT * base.parallel * batch_tokens
+        catalogue = Catalogue(base, settings)
         served = [m.name for m in catalogue.all()]
         self.catalogue = catalogue
-        gc.collect()
-        gc.freeze()  # to look through all that is loaded again stops every request for 0.3 s
         self.status = "ok"
         log.info(
             "ready after %.1f s: %s on %s, %s; models: %s",
             time.perf_counter() - started,
             self.model_settings.model,
-            classifier.device,
-            str(classifier.dtype).removeprefix("torch."),
+            base.device,
+            base.identity["dtype"],
             ", ".join(served),
         )
         return model
+
+    def _ended(self, error):
+        """The process of the model has ended by itself: so does the server."""
+        self.status = "stopping"
+        self.queue.close()
+        self.on_failure(error)
 
     async def start(self):
         self.worker.start()

@@ -2,14 +2,15 @@
 
 Requests put `Job`s into the queue and wait for the job's future. One thread owns the model: it
 takes what is waiting, up to a budget of tokens, whenever a batch can be scored, has the adapters
-that are asked brought into memory, and hands the batch to a pool, where the model scores a few at a
-time (`parallel`: one on a GPU, on a CPU as many as keep its cores busy). So the answers of one
+that are asked brought into memory, and hands the batch to a pool, where the model is asked a few at
+a time (`parallel`: one on a GPU, on a CPU as many as keep its cores busy). So the answers of one
 batch are sent, and the next one fills, while another is scored. Under light load a text is scored
 at once and alone, under heavy load many together, and nothing ever waits for company. Jobs take
 turns row by row, so a long one delays a short one by a batch and not by its whole length. Nothing
 here knows of HTTP.
 """
 
+import contextlib
 import logging
 import math
 import threading
@@ -159,9 +160,9 @@ class TokenQueue:
 class ModelWorker:
     """The thread of the model, and the pool in which its batches are scored.
 
-    load: called in the thread, gives the `serving.models.SharedModel`, which says how many batches
-    of how many tokens. observe(rows, tokens, seconds): called after each. on_failure(error): called
-    if the model cannot be loaded; the worker has ended then.
+    load: called in the thread, gives the `serving.model_process.ModelProcess`, which says how many
+    batches of how many tokens; it is closed at the end. observe(rows, tokens, seconds): called
+    after each. on_failure(error): called if the model cannot be loaded; the worker has ended then.
     """
 
     def __init__(self, load, queue, observe, on_failure):
@@ -191,7 +192,10 @@ class ModelWorker:
             self._on_failure(error)
             return
         model, self._slots = self.model, threading.Semaphore(self.model.parallel)
-        with ThreadPoolExecutor(model.parallel, thread_name_prefix="scoring") as pool:
+        with (
+            contextlib.closing(model),
+            ThreadPoolExecutor(model.parallel, thread_name_prefix="scoring") as pool,
+        ):
             while True:
                 self._slots.acquire()  # before anything is taken: until then the batch can grow
                 batch = self.queue.take(model.batch_tokens, model.parallel, model.max_adapters)

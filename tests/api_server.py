@@ -3,12 +3,12 @@
 import copy
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import httpx2 as httpx
 
@@ -71,6 +71,7 @@ class ServerProcess:
             [sys.executable, ROOT / "classify_api.py", "--port", "0", *map(str, arguments)],
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
             env={**os.environ, **(environment or {})},
         )
         self.lines, self.url = [], None
@@ -106,16 +107,11 @@ class ServerProcess:
         raise AssertionError("not ready in time:\n" + "\n".join(self.lines))
 
     def stop(self, timeout_sec=120):
-        """Exit code after SIGTERM."""
-        self.process.terminate()
+        """Exit code after SIGTERM to all its processes, as a service manager sends it."""
+        os.killpg(self.process.pid, signal.SIGTERM)
         code = self.process.wait(timeout_sec)
         self._reader.join(10)
         return code
-
-    @property
-    def rss_bytes(self):
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return 1024 * int(re.search(r"VmRSS:\s+(\d+)", status)[1])
 
     def __exit__(self, *_):
         if self.process.poll() is None:

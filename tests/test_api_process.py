@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2 as httpx
+import psutil
 import pytest
 
 from api_server import ServerProcess
@@ -352,6 +353,29 @@ def test_a_port_in_use_and_a_weak_key_are_refused(server):
     assert result.returncode == 1 and "at least 16" in result.stderr
     result = run_server(HOWSURE_PORT="many")
     assert result.returncode == 2 and "invalid int value" in result.stderr
+
+
+def test_a_server_ends_with_its_model(tmp_path):
+    """What waits then is answered 503, and whoever supervises it sees that it failed."""
+    nothing = ("--fine-tuned-dir", tmp_path / "none", "--adapters-dir", tmp_path)
+    with ServerProcess(*nothing) as server:
+        server.wait_until_ready()
+        children = psutil.Process(server.process.pid).children()
+        (model,) = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        with ThreadPoolExecutor(8) as pool:
+            texts = [f"The film was good. {i}" for i in range(200)]
+            asked = [
+                pool.submit(httpx.post, f"{server.url}/classify/batch", json={"texts": texts})
+                for _ in range(8)
+            ]
+            wait_for(lambda: httpx.get(f"{server.url}/health").json()["waiting_rows"] > 0)
+            model.kill()
+            answers = [one.result(60) for one in asked]
+        assert {answer.status_code for answer in answers} <= {200, 503}
+        assert 503 in {answer.status_code for answer in answers}
+        assert server.process.wait(60) == 1
+    (last,) = [line for line in server.lines if line.startswith("error: ")]
+    assert last == "error: the process of the model has ended (SIGKILL); start the server again"
 
 
 def test_a_termination_under_load_loses_no_accepted_request(server):

@@ -36,7 +36,7 @@ class EchoModel:
 
     def __init__(self, gate=None, parallel=1):
         self.batches, self.gate, self.parallel = [], gate, parallel
-        self.scoring, self.most_scoring, self.loaded = 0, 0, {"base"}
+        self.scoring, self.most_scoring, self.loaded, self.closed = 0, 0, {"base"}, False
         self._lock = threading.Lock()
 
     def prepare(self, models, wait_until_idle):
@@ -66,6 +66,9 @@ class EchoModel:
         finally:
             with self._lock:
                 self.scoring -= 1
+
+    def close(self):
+        self.closed = True
 
     def explain(self, model, row, k):
         self.batches.append([f"explain {row.text}"])
