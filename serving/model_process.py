@@ -124,7 +124,7 @@ class ModelProcess:
                 else:
                     call.set_exception(error)
         self._process.join()
-        code = self._process.exitcode
+        code = self._process.exitcode or 0  # None where `close` was told first
         how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
         error = UserError(f"the process of the model has ended ({how}); start the server again")
         with self._sending:

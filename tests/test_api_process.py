@@ -360,7 +360,9 @@ def test_a_server_ends_with_its_model(tmp_path):
     nothing = ("--fine-tuned-dir", tmp_path / "none", "--adapters-dir", tmp_path)
     with ServerProcess(*nothing) as server:
         server.wait_until_ready()
-        children = psutil.Process(server.process.pid).children()
+        process = psutil.Process(server.process.pid)
+        assert not any("libtorch" in part.path for part in process.memory_maps())
+        children = process.children()
         (model,) = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
         with ThreadPoolExecutor(8) as pool:
             texts = [f"The film was good. {i}" for i in range(200)]
