@@ -3,8 +3,8 @@
 The prompts of a task differ in their text only. The keys and values of the tokens before the text
 are computed once and put in front of every batch of the rest (`SharedPrefix`; with gradients in
 training), and only the positions that predict an answer reach the output head
-(`next_token_logits`). At inference they alone go through what the last layer computes after its
-keys and values (`prune_last_layer`). `Engine` runs the batches: longest rows first, a bounded
+(`next_token_logits`). They alone, too, go through what the last layer computes after its keys and
+values (`prune_last_layer`). `Engine` runs the batches: longest rows first, a bounded
 number of tokens each, several at a time on a CPU, halved where memory runs out. Whether a model's
 cache can be shared is found out by comparing with its plain forward pass (`sharing_problem`).
 """
@@ -112,9 +112,9 @@ def next_token_logits(model, sequences, positions=None, prefix=None):
     sequences: lists of token ids. positions: for every row those wanted, ascending; by default its
     last one. prefix: a `SharedPrefix` with which every row begins. Rows are padded on the right:
     attention is causal, so the padding changes nothing before it and needs no mask. Only the wanted
-    positions reach the output head, and at inference the last layer where it is pruned; of a model
-    spread over devices, where a mask would lie on another one than the hidden states, all from the
-    first wanted one on.
+    positions reach the output head, and the last layer where it is pruned; of a model spread over
+    devices, where a mask would lie on another one than the hidden states, all from the first wanted
+    one on. The last layer is not pruned where the backward pass computes activations again.
     Raises UserError for a model without `logits_to_keep`.
     """
     if positions is None:
@@ -128,7 +128,8 @@ def next_token_logits(model, sequences, positions=None, prefix=None):
         wanted[row, [p - skip for p in positions[row]]] = True
     spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
     first = int(wanted.any(0).nonzero()[0])
-    with nullcontext() if spread else only_wanted(wanted, model.device):
+    whole = spread or (torch.is_grad_enabled() and model.is_activation_checkpointing)
+    with nullcontext() if whole else only_wanted(wanted, model.device):
         logits = model(
             input_ids=batch.to(model.device),
             logits_to_keep=shape[1] - first if spread else wanted.to(model.device),
@@ -160,11 +161,11 @@ UNDER_WAY = UnderWay()
 def only_wanted(wanted, device):
     """Inside the block this thread's batch needs the last layer at `wanted`, (B, T) bool, alone.
 
-    All of it with gradients, where rows want different numbers of positions, or every position.
+    All of it where rows want different numbers of positions, or every position.
     """
     (rows, length), counts = wanted.shape, wanted.sum(1)
     k = int(counts[0])
-    if torch.is_grad_enabled() or k == length or not bool((counts == k).all()):
+    if k == length or not bool((counts == k).all()):
         yield
         return
     columns = wanted.nonzero()[:, 1].view(rows, k).to(device)

@@ -308,8 +308,30 @@ def test_the_last_layer_at_the_wanted_positions_alone_gives_the_same(tiny_model_
     assert [shape for shape in seen if shape[0] == 3] == [(3, k) for k in (1, 1, 2, 2, 1, 1)]
 
 
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gemma2"])
+def test_gradients_of_the_last_layer_at_the_wanted_positions_alone_are_the_same(
+    tiny_model_folder, name
+):
+    model = TransformerLogprobsClassifier(str(tiny_model_folder(name))).model
+
+    def gradient():
+        model.zero_grad()
+        logits = next_token_logits(model, ROWS, prefix=shared_prefix(model, ROWS[0][:4]))
+        logits.log_softmax(-1)[:, 7].sum().backward()
+        return torch.cat([weight.grad.flatten() for weight in model.parameters()])
+
+    model.requires_grad_(True)
+    expected = gradient()
+    assert prune_last_layer(model, ROWS, 1e-4) is None
+    with last_layer_tokens(model) as seen:
+        found = gradient()
+    assert seen == [(1, 4), (3, 1)]
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
 def test_the_last_layer_stays_whole_where_it_has_to(tiny_model_folder):
-    """With gradients, for different numbers of positions, in all that is not the engine's pass."""
+    """For different numbers of positions, in all that is not the engine's pass, and where the
+    backward pass computes the layer again."""
     model = TransformerLogprobsClassifier(str(tiny_model_folder("llama"))).model
     uneven = [LAST_TWO[0], LAST_TWO[1][:1], LAST_TWO[2]]
     every = [list(range(9))] * 2
@@ -323,11 +345,13 @@ def test_the_last_layer_stays_whole_where_it_has_to(tiny_model_folder):
         with torch.inference_mode():
             found = [next_token_logits(model, ROWS, uneven), next_token_logits(model, equal, every)]
             after = model(ids, output_hidden_states=True).hidden_states[-1]
-        next_token_logits(model, ROWS)  # with gradients
+        model.gradient_checkpointing_enable()
+        next_token_logits(model.train(), ROWS).sum().backward()
+        model.gradient_checkpointing_disable()
         model.hf_device_map = {"model": 0, "lm_head": 1}  # the path alone: there is one device
         with torch.inference_mode():
             next_token_logits(model, ROWS)
-    assert seen == [(3, 23), (2, 9), (2, 9), (3, 23), (3, 23)]
+    assert seen == [(3, 23), (2, 9), (2, 9), (3, 23), (3, 23), (3, 23)]  # two of the backward pass
     assert all(torch.equal(a, b) for a, b in zip([*found, after], [*expected, states], strict=True))
 
 
