@@ -3,15 +3,18 @@
 The prompts of a task differ in their text only. The keys and values of the tokens before the text
 are computed once and put in front of every batch of the rest (`SharedPrefix`; with gradients in
 training), and only the positions that predict an answer reach the output head
-(`next_token_logits`). `Engine` runs the batches: longest rows first, a bounded number of tokens
-each, several at a time on a CPU, halved where memory runs out. Whether a model's cache can be
-shared is found out by comparing with its plain forward pass (`sharing_problem`).
+(`next_token_logits`). They alone, too, go through what the last layer computes after its keys and
+values (`prune_last_layer`). `Engine` runs the batches: longest rows first, a bounded
+number of tokens each, several at a time on a CPU, halved where memory runs out. Whether a model's
+cache can be shared is found out by comparing with its plain forward pass (`sharing_problem`).
 """
 
 import math
+import re
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -35,6 +38,14 @@ MEMORY_SHARE = 0.25  # of the free memory, for the activations of all batches un
 LARGE = 1e9  # parameters from which one batch keeps every core of a CPU busy
 MAX_WORKERS = 16  # Python itself is the limit beyond
 KEPT_PREFIXES = 8
+# Modules of a decoder layer that read and write each position for itself, and of whose output in
+# the last layer no other position learns: the feed-forward part, queries, attention's output.
+POSITION_WISE = re.compile(
+    r"mlp|feed_forward|(self_attn|attn|self_attention|attention)\.(q|o|c|out)_proj|"
+    r"(self_attn|self_attention|attention)\.dense"
+)
+# What a comparison with the plain forward pass may raise in an architecture that does not allow it.
+UNFIT = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError)
 
 
 class PrefixLayer(CacheLayerMixin):
@@ -101,8 +112,9 @@ def next_token_logits(model, sequences, positions=None, prefix=None):
     sequences: lists of token ids. positions: for every row those wanted, ascending; by default its
     last one. prefix: a `SharedPrefix` with which every row begins. Rows are padded on the right:
     attention is causal, so the padding changes nothing before it and needs no mask. Only the wanted
-    positions reach the output head; of a model spread over devices, where a mask would lie on
-    another one than the hidden states, all from the first wanted one on.
+    positions reach the output head, and the last layer where it is pruned; of a model spread over
+    devices, where a mask would lie on another one than the hidden states, all from the first wanted
+    one on. The last layer is not pruned where the backward pass computes activations again.
     Raises UserError for a model without `logits_to_keep`.
     """
     if positions is None:
@@ -116,11 +128,13 @@ def next_token_logits(model, sequences, positions=None, prefix=None):
         wanted[row, [p - skip for p in positions[row]]] = True
     spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
     first = int(wanted.any(0).nonzero()[0])
-    logits = model(
-        input_ids=batch.to(model.device),
-        logits_to_keep=shape[1] - first if spread else wanted.to(model.device),
-        **({"use_cache": False} if prefix is None else {"past_key_values": prefix}),
-    ).logits
+    whole = spread or (torch.is_grad_enabled() and model.is_activation_checkpointing)
+    with nullcontext() if whole else only_wanted(wanted, model.device):
+        logits = model(
+            input_ids=batch.to(model.device),
+            logits_to_keep=shape[1] - first if spread else wanted.to(model.device),
+            **({"use_cache": False} if prefix is None else {"past_key_values": prefix}),
+        ).logits
     if spread and logits.shape[:-1] == (shape[0], shape[1] - first):
         logits = logits[wanted[:, first:].to(logits.device)]
     if logits.shape[:-1] != (sum(map(len, positions)),):
@@ -129,6 +143,93 @@ def next_token_logits(model, sequences, positions=None, prefix=None):
             "another model"
         )
     return logits.float()
+
+
+class UnderWay(threading.local):
+    """The batch that this thread has under way; several may go through one model side by side.
+
+    wanted: None where the whole last layer is needed, else ((B, T), index of k positions a row).
+    """
+
+    wanted = None
+
+
+UNDER_WAY = UnderWay()
+
+
+@contextmanager
+def only_wanted(wanted, device):
+    """Inside the block this thread's batch needs the last layer at `wanted`, (B, T) bool, alone.
+
+    All of it where rows want different numbers of positions, or every position.
+    """
+    (rows, length), counts = wanted.shape, wanted.sum(1)
+    k = int(counts[0])
+    if k == length or not bool((counts == k).all()):
+        yield
+        return
+    columns = wanted.nonzero()[:, 1].view(rows, k).to(device)
+    place = torch.arange(rows, device=device)[:, None], columns
+    UNDER_WAY.wanted = wanted.shape, place
+    try:
+        yield
+    finally:
+        UNDER_WAY.wanted = None
+
+
+def gather(_, inputs):
+    """Forward pre-hook: (B, T, H) → (B, k, H), the wanted positions of each row."""
+    if (wanted := UNDER_WAY.wanted) is None:
+        return None
+    shape, place = wanted
+    return tuple(x[place] if begins_as(x, shape) else x for x in inputs)
+
+
+def scatter(module, inputs, output):
+    """Forward hook: (B, k, H) → (B, T, H), zeros where nobody looks."""
+    if (wanted := UNDER_WAY.wanted) is None:
+        return None
+    if isinstance(output, tuple):
+        return tuple(scatter(module, inputs, part) for part in output)
+    shape, place = wanted
+    if not begins_as(output, place[1].shape):
+        return output
+    whole = output.new_zeros(*shape, *output.shape[2:])
+    whole[place] = output
+    return whole
+
+
+def begins_as(x, shape):
+    return isinstance(x, torch.Tensor) and x.shape[:2] == shape
+
+
+def prune_last_layer(model, prompts, tolerance):
+    """From now on `next_token_logits` needs the last layer at the wanted positions alone.
+
+    Its modules of `POSITION_WISE`, with what adapters put around or into them, compute those only;
+    every other pass through the model stays as it is. Returns why this model does not allow it,
+    found out by comparing both with `prompts`, lists of token ids, or None.
+    tolerance: as for `sharing_problem`. Leaves the model in evaluation mode.
+    """
+    model.eval()
+    hooks = []
+    try:
+        stacks = [x for x in model.get_decoder().children() if isinstance(x, torch.nn.ModuleList)]
+        *_, last = max(stacks, key=len)
+        with torch.inference_mode():
+            plain = next_token_logits(model, prompts).log_softmax(-1)
+            for name, part in last.named_modules():
+                if POSITION_WISE.fullmatch(name):
+                    hooks.append(part.register_forward_pre_hook(gather))
+                    hooks.append(part.register_forward_hook(scatter))
+            pruned = next_token_logits(model, prompts).log_softmax(-1)
+        problem = difference(pruned, plain, tolerance)
+    except UNFIT as error:
+        problem = described(error)
+    if problem is not None:
+        for hook in hooks:
+            hook.remove()
+    return problem
 
 
 class OneForward(torch.nn.Module):
@@ -188,22 +289,29 @@ def sharing_problem(model, prompts, prefix_length, tolerance):
                 model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
                 for ids in sequences
             ]
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-        if out_of_memory(error):
-            raise UserError(
-                "out of memory with a few prompts; use --quantization 4bit or a smaller model"
-            ) from error
-        return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:150]}"
+    except UNFIT as error:
+        return described(error)
     plain = torch.stack([logits[0, -1].float() for logits in plain]).log_softmax(-1)
-    change = float((shared.exp() - plain.exp()).abs().max())
+    return difference(shared, plain, tolerance)
+
+
+def described(error):
+    """An exception of `UNFIT` in one line. Raises UserError where memory ran out."""
+    if out_of_memory(error):
+        raise UserError(
+            "out of memory with a few prompts; use --quantization 4bit or a smaller model"
+        ) from error
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:150]}"
+
+
+def difference(found, plain, tolerance):
+    """What sets log-probabilities (N, V) apart from those of the plain pass, or None."""
+    change = float((found.exp() - plain.exp()).abs().max())
     spread = float((plain - plain.roll(1, 0)).abs().max())
-    difference = float((shared - plain).abs().max())
-    if change <= tolerance and difference <= 3 * tolerance * spread + 1e-5:
+    furthest = float((found - plain).abs().max())
+    if change <= tolerance and furthest <= 3 * tolerance * spread + 1e-5:
         return None
-    return (
-        f"a shared prefix changes a probability by {change:.1e} and a log-probability by "
-        f"{difference:.1e}"
-    )
+    return f"a probability changes by {change:.1e} and a log-probability by {furthest:.1e}"
 
 
 class Engine:

@@ -54,7 +54,7 @@ FULL_PRECISION_TOLERANCE = 1e-4  # largest |Δ probability|, batched against one
 HALF_PRECISION_TOLERANCE = 3e-2  # the same for bfloat16 and float16
 DEVICE_MAPS = ("none", "auto", "balanced", "sequential")
 ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
-ENGINE_VERSION = 3  # of how probabilities are computed; another one, other last digits
+ENGINE_VERSION = 4  # of how probabilities are computed; another one, other last digits
 CHUNK = 4096  # texts tokenised at a time, so that memory does not grow with their number
 CHECK_TEXTS = (  # on which a loaded model's engine is compared with its plain forward pass
     "Fine.",
@@ -694,19 +694,26 @@ class TransformerLogprobsClassifier(LogprobsClassifier):
         self.engine.model = model
 
     def _sharing_problem(self):
-        """Why whole prompts have to be scored, said on stderr, or None."""
-        from engine import sharing_problem
+        """Why whole prompts have to be scored, or None; prunes the last layer where it can.
+
+        What cannot be made faster is said on stderr.
+        """
+        from engine import prune_last_layer, sharing_problem
 
         prompts = [ids for ids, _ in self.encoder.encode(CHECK_TEXTS)]
+        pruning = prune_last_layer(self.model, prompts, self.tolerance)
         length = self.encoder.prefix_length
-        problem = sharing_problem(self.model, prompts, length, self.tolerance)
-        if problem is not None:
-            print(
-                f"warning: {self.settings.model}: every text is scored with its whole prompt, "
-                f"which is slower: {problem}",
-                file=sys.stderr,
-            )
-        return problem
+        sharing = sharing_problem(self.model, prompts, length, self.tolerance)
+        for problem, what in (
+            (pruning, "the last layer is computed at every token"),
+            (sharing, "every text is scored with its whole prompt"),
+        ):
+            if problem is not None:
+                print(
+                    f"warning: {self.settings.model}: {what}, which is slower: {problem}",
+                    file=sys.stderr,
+                )
+        return sharing
 
     @property
     def adapter_active(self):

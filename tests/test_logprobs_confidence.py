@@ -6,7 +6,8 @@ import math
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import torch
 
 from conftest import ARCHITECTURES, HYBRID
 from dataset_loader import load_splits
-from engine import Engine
+from engine import Engine, next_token_logits, prune_last_layer, shared_prefix
 from logprobs_confidence import (
     PromptEncoder,
     TransformerLogprobsClassifier,
@@ -254,6 +255,195 @@ def test_dropout_needs_an_active_adapter_that_has_some(adapter, classifier):
     for c, block in ((classifier, nullcontext), (tuned, tuned.without_adapter)):
         with block(), pytest.raises(UserError, match="--dropout above 0"), c.dropout(0):
             pass
+
+
+@contextmanager
+def last_layer_tokens(model):
+    """Inside the block a list that grows by the (B, T) of the feed-forward part's last product."""
+    from transformers.pytorch_utils import Conv1D
+
+    seen = []
+    products = [
+        module
+        for name, module in model.get_decoder().named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and "lora_" not in name
+    ]
+    hook = products[-1].register_forward_pre_hook(lambda _, x: seen.append(tuple(x[0].shape[:-1])))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def random_rows(*lengths, shared=4, seed=1):
+    """Token ids of so many tokens, the first of which are the same in every row."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(10, 250, (n,), generator=generator).tolist() for n in lengths]
+    return [rows[0][:shared] + row[shared:] for row in rows]
+
+
+ROWS = random_rows(9, 14, 23)
+LAST_TWO = [[len(row) - 2, len(row) - 1] for row in ROWS]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_last_layer_at_the_wanted_positions_alone_gives_the_same(tiny_model_folder, name):
+    model = TransformerLogprobsClassifier(str(tiny_model_folder(name))).model
+
+    def logits():
+        prefix = None if name in HYBRID else shared_prefix(model, ROWS[0][:4])
+        wanted = (None, LAST_TWO, [positions[:1] for positions in LAST_TWO])
+        return [
+            next_token_logits(model, ROWS, p, cache) for p in wanted for cache in (None, prefix)
+        ]
+
+    with torch.inference_mode(), last_layer_tokens(model) as whole:
+        expected = logits()
+    assert prune_last_layer(model, ROWS, 1e-4) is None
+    with torch.inference_mode(), last_layer_tokens(model) as seen:
+        found = logits()
+    for a, b in zip(found, expected, strict=True):
+        assert float((a - b).abs().max()) < 1e-5
+    assert {shape[1] for shape in whole if shape[0] == 3} == ({23} if name in HYBRID else {23, 19})
+    assert [shape for shape in seen if shape[0] == 3] == [(3, k) for k in (1, 1, 2, 2, 1, 1)]
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gemma2"])
+def test_gradients_of_the_last_layer_at_the_wanted_positions_alone_are_the_same(
+    tiny_model_folder, name
+):
+    model = TransformerLogprobsClassifier(str(tiny_model_folder(name))).model
+
+    def gradient():
+        model.zero_grad()
+        logits = next_token_logits(model, ROWS, prefix=shared_prefix(model, ROWS[0][:4]))
+        logits.log_softmax(-1)[:, 7].sum().backward()
+        return torch.cat([weight.grad.flatten() for weight in model.parameters()])
+
+    model.requires_grad_(True)
+    expected = gradient()
+    assert prune_last_layer(model, ROWS, 1e-4) is None
+    with last_layer_tokens(model) as seen:
+        found = gradient()
+    assert seen == [(1, 4), (3, 1)]
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_the_last_layer_stays_whole_where_it_has_to(tiny_model_folder):
+    """For different numbers of positions, in all that is not the engine's pass, and where the
+    backward pass computes the layer again."""
+    model = TransformerLogprobsClassifier(str(tiny_model_folder("llama"))).model
+    uneven = [LAST_TWO[0], LAST_TWO[1][:1], LAST_TWO[2]]
+    every = [list(range(9))] * 2
+    equal = [ROWS[0], random_rows(9, seed=2)[0]]
+    ids = torch.tensor(equal)
+    with torch.inference_mode():
+        expected = [next_token_logits(model, ROWS, uneven), next_token_logits(model, equal, every)]
+        states = model(ids, output_hidden_states=True).hidden_states[-1]
+    assert prune_last_layer(model, ROWS, 1e-4) is None
+    with last_layer_tokens(model) as seen:
+        with torch.inference_mode():
+            found = [next_token_logits(model, ROWS, uneven), next_token_logits(model, equal, every)]
+            after = model(ids, output_hidden_states=True).hidden_states[-1]
+        model.gradient_checkpointing_enable()
+        next_token_logits(model.train(), ROWS).sum().backward()
+        model.gradient_checkpointing_disable()
+        model.hf_device_map = {"model": 0, "lm_head": 1}  # the path alone: there is one device
+        with torch.inference_mode():
+            next_token_logits(model, ROWS)
+    assert seen == [(3, 23), (2, 9), (2, 9), (3, 23), (3, 23), (3, 23)]  # two of the backward pass
+    assert all(torch.equal(a, b) for a, b in zip([*found, after], [*expected, states], strict=True))
+
+
+def test_a_feed_forward_part_that_gives_more_than_its_output_is_pruned_too():
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 16, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    special = {"eos_token_id": 1, "pad_token_id": 0}
+    model = GptOssForCausalLM(GptOssConfig(vocab_size=250, **shape, **heads, **special)).eval()
+    with torch.inference_mode():
+        expected = next_token_logits(model, ROWS, LAST_TWO)
+    assert prune_last_layer(model, ROWS, 1e-4) is None
+    with torch.inference_mode():
+        found = next_token_logits(model, ROWS, LAST_TWO)
+    assert float((found - expected).abs().max()) < 1e-5
+
+
+def test_threads_that_want_other_positions_do_not_meet(tiny_model_folder):
+    model = TransformerLogprobsClassifier(str(tiny_model_folder("llama"))).model
+    assert prune_last_layer(model, ROWS, 1e-4) is None
+    batches = [random_rows(*range(6, 7 + n % 5), seed=n) for n in range(40)]
+    wanted = [
+        [[len(row) - 1 - j for j in range(1 + n % 3)][::-1] for row in batch]
+        for n, batch in enumerate(batches)
+    ]
+
+    def logits(batch, positions):
+        with torch.inference_mode():
+            return next_token_logits(model, batch, positions)
+
+    expected = list(map(logits, batches, wanted))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(logits, batches, wanted))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_adapters_around_and_inside_a_pruned_layer_give_the_same(tiny_model_folder):
+    """Those that were there before, those that come later, and rows that ask different ones."""
+    from peft import LoraConfig, get_peft_model
+
+    from serving.mixed_lora import MixedRows
+
+    folder = str(tiny_model_folder("llama"))
+
+    def adapted(prune_before, prune_after):
+        torch.manual_seed(3)
+        model = TransformerLogprobsClassifier(folder).model
+        for prune in (prune_before, prune_after):
+            if prune:
+                assert prune_last_layer(model, ROWS, 1e-4) is None
+            if not hasattr(model, "peft_config"):
+                config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+                model = get_peft_model(model, config, adapter_name="a")
+                model.add_adapter("b", config)
+        return model.eval()
+
+    def logits(model):
+        with torch.inference_mode():
+            active = next_token_logits(model, ROWS)
+            with model.disable_adapter():
+                none = next_token_logits(model, ROWS)
+            rows = MixedRows()
+            rows.tell(model)
+            with rows.asking(["b", None, "a"]):
+                return active, none, next_token_logits(model, ROWS)
+
+    expected = logits(adapted(False, False))
+    assert float((expected[0] - expected[1]).abs().max()) > 0.1
+    for before, after in ((True, False), (False, True), (True, True)):
+        model = adapted(before, after)
+        with last_layer_tokens(model) as seen:
+            found = logits(model)
+        assert set(seen) == {(3, 1)}
+        for a, b in zip(found, expected, strict=True):
+            assert float((a - b).abs().max()) < 1e-5
+
+
+def test_an_architecture_that_cannot_be_pruned_says_so_and_gives_the_same(
+    tiny_model_folder, capsys
+):
+    classifier = TransformerLogprobsClassifier(str(tiny_model_folder("llama")))
+    layers = classifier.model.get_decoder().layers
+    layers[0].mlp = layers[1].mlp  # as where layers have weights in common
+    rows = classifier.classify_batch(TEXTS)
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "the last layer is computed at every token, which is slower: a probability" in warning
+    assert classifier.engine.shares_prefix
+    for text, row in zip(TEXTS, rows, strict=True):
+        expected = brute_force_logprobs(classifier, text)
+        assert row.label_logprobs == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_model_spread_over_devices_gives_the_same(classifier):
