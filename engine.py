@@ -4,9 +4,9 @@ The prompts of a task differ in their text only. The keys and values of the toke
 are computed once and put in front of every batch of the rest (`SharedPrefix`; with gradients in
 training), and only the positions that predict an answer reach the output head
 (`next_token_logits`). They alone, too, go through what the last layer computes after its keys and
-values (`prune_last_layer`). `Engine` runs the batches: longest rows first, a bounded
-number of tokens each, several at a time on a CPU, halved where memory runs out. Whether a model's
-cache can be shared is found out by comparing with its plain forward pass (`sharing_problem`).
+values (`prune_last_layer`). `Engine` runs the batches: longest rows first, a bounded number of
+tokens each, several at a time on a CPU, halved where memory runs out. Whether a model's cache can
+be shared is found out by comparing with its plain forward pass (`sharing_problem`).
 """
 
 import math
@@ -203,6 +203,13 @@ def begins_as(x, shape):
     return isinstance(x, torch.Tensor) and x.shape[:2] == shape
 
 
+def position_wise(model):
+    """Modules of the model's last decoder layer that are `POSITION_WISE`."""
+    stacks = [x for x in model.get_decoder().children() if isinstance(x, torch.nn.ModuleList)]
+    *_, last = max(stacks, key=len)
+    return [part for name, part in last.named_modules() if POSITION_WISE.fullmatch(name)]
+
+
 def prune_last_layer(model, prompts, tolerance):
     """From now on `next_token_logits` needs the last layer at the wanted positions alone.
 
@@ -214,14 +221,11 @@ def prune_last_layer(model, prompts, tolerance):
     model.eval()
     hooks = []
     try:
-        stacks = [x for x in model.get_decoder().children() if isinstance(x, torch.nn.ModuleList)]
-        *_, last = max(stacks, key=len)
         with torch.inference_mode():
             plain = next_token_logits(model, prompts).log_softmax(-1)
-            for name, part in last.named_modules():
-                if POSITION_WISE.fullmatch(name):
-                    hooks.append(part.register_forward_pre_hook(gather))
-                    hooks.append(part.register_forward_hook(scatter))
+            for part in position_wise(model):
+                hooks.append(part.register_forward_pre_hook(gather))
+                hooks.append(part.register_forward_hook(scatter))
             pruned = next_token_logits(model, prompts).log_softmax(-1)
         problem = difference(pruned, plain, tolerance)
     except UNFIT as error:

@@ -274,8 +274,9 @@ def matrix_rate(folder, sequences, prefix):
     The rate is that of the products of the model's own linear layers and nothing else: its
     weights, one after the other, with as many rows as a batch has tokens, as many at a time as the
     engine has batches under way. What is needed of a text counts: the tokens that it does not
-    share in every layer, and one position at the output head. Padding, attention, norms,
-    activations, everything in Python is what is missing to 1.
+    share in every layer, and one position at the output head and in what the last layer computes
+    after its keys and values. Padding, attention, norms, activations, everything in Python is what
+    is missing to 1.
     """
     import time
     from concurrent.futures import ThreadPoolExecutor
@@ -283,29 +284,32 @@ def matrix_rate(folder, sequences, prefix):
     import torch
     from torch.nn.functional import linear
 
-    from engine import intra_op_threads
+    from engine import intra_op_threads, position_wise
 
     classifier = classifier_of(folder)
     own, head = classifier.engine, classifier.model.get_output_embeddings()
-    weights = [
-        module.weight
-        for module in classifier.model.modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    ]
+
+    def weights(module):
+        return [x.weight for x in module.modules() if isinstance(x, torch.nn.Linear)]
+
+    once = [head.weight, *(w for part in position_wise(classifier.model) for w in weights(part))]
+    apart = set(map(id, once))
+    often = [w for w in weights(classifier.model) if id(w) not in apart]
     tails = [len(ids) - len(prefix) for ids in sequences]
     tokens, rows = own.budget, max(1, own.budget * len(tails) // sum(tails))
-    inputs = {n: torch.randn(tokens, n) for n in {w.shape[1] for w in weights}}
-    at_head = torch.randn(rows, head.weight.shape[1])
+    inputs = {n: torch.randn(tokens, n) for n in {w.shape[1] for w in once + often}}
 
     def products(_):
         with torch.inference_mode(), intra_op_threads(own.threads):
-            for weight in weights:
+            for weight in often:
                 linear(inputs[weight.shape[1]], weight)
-            linear(at_head, head.weight)
+            for weight in once:
+                linear(inputs[weight.shape[1]][:rows], weight)
 
-    layers = sum(w.numel() for w in weights)
-    one_batch = 2 * (tokens * layers + rows * head.weight.numel())  # operations
-    needed = 2 * (sum(tails) * layers + len(tails) * head.weight.numel())
+    def operations(tokens, rows):
+        return 2 * (tokens * sum(w.numel() for w in often) + rows * sum(w.numel() for w in once))
+
+    one_batch, needed = operations(tokens, rows), operations(sum(tails), len(tails))
     batches = own.workers * max(1, round(needed / one_batch / own.workers))
     classify = engine(folder, sequences, prefix, classifier.encoder.label_ids)
 
