@@ -124,6 +124,10 @@ class PartialResults:
             ) from error
 
 
+class NoAnswer(UserError):
+    """A signal has no value for any of the texts it was tried on."""
+
+
 def evaluate_method(method, ask, classifier, examples, partial, done):
     """One `Prediction` an example, in their order, of what `ask` says, with what each row cost.
 
@@ -238,12 +242,18 @@ def model_results(name, classifier, task, examples, evaluation, partial):
         return consistency_predictions(task, rows, evaluation, [position[e.id] for e in chunk])
 
     def signal(method, ask):
-        """`ask` for a chunk; about a text without a token-probability row nothing is asked."""
+        """`ask` for a chunk; about a text without a token-probability row nothing is asked.
+
+        Raises NoAnswer where the first chunk has none: the model cannot do what it is asked.
+        """
 
         def rows_of(chunk):
             own = {e.id: done[TOKEN_PROBABILITY, e.id] for e in chunk}
             kept = [e for e in chunk if own[e.id].error is None]
             asked = ask([e.text for e in kept], [own[e.id] for e in kept]) if kept else []
+            errors = [row.error for row in asked if row.error is not None]
+            if errors and len(errors) == len(asked) and not any(m == method for m, _ in done):
+                raise NoAnswer(f"scored 0 of the first {len(asked)} texts; an error: {errors[0]}")
             found = {row.example_id: row for row in asked}
             failed = {i: Prediction(i, method, error=row.error) for i, row in own.items()}
             return [found.get(e.id, failed[e.id]) for e in chunk]
@@ -260,7 +270,10 @@ def model_results(name, classifier, task, examples, evaluation, partial):
     predictions += run(CONSISTENCY, sample)
     asks, left_out = askers(classifier, evaluation)
     for method, ask in asks.items():
-        predictions += run(method, signal(method, ask))
+        try:
+            predictions += run(method, signal(method, ask))
+        except NoAnswer as error:
+            left_out[method] = str(error)
     wordings = [
         {"question": other.question, "negated": other.labels != task.labels}
         for other in other_wordings(task)

@@ -492,7 +492,7 @@ class EvaluationSettings:
     )
     samples: int = setting(20, "samples of response consistency for a text; they cost no pass")
     temperature: float = setting(1.0, "sampling temperature of response consistency")
-    dropout_passes: int = setting(10, "forward passes of Monte-Carlo dropout for a text")
+    dropout_passes: int = setting(5, "forward passes of Monte-Carlo dropout for a text")
     bins: int = setting(20, "equal-width bins of the calibration error")
     resamples: int = setting(1000, "bootstrap resamples of an interval")
     evaluation_seed: int = setting(42, "seed of sampling and of the bootstrap")

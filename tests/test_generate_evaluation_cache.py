@@ -1,6 +1,7 @@
 """The held-out evaluation: what is written, what it equals, and what an interruption leaves."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -163,7 +164,7 @@ def test_every_held_out_row_has_one_prediction_of_each_method(evaluated):
     for name in MODEL_FILES:
         results = evaluated.results(name)
         assert [e.id for e in results.examples] == [e.id for e in held_out]
-        methods = (TOKEN_PROBABILITY, CONSISTENCY, PARAPHRASE, P_TRUE, VERBALISED)
+        methods = (TOKEN_PROBABILITY, CONSISTENCY, PARAPHRASE, P_TRUE)
         methods += (MC_DROPOUT,) * (name == "finetuned")
         assert set(results.to_json()["counts"]) == set(methods)
         for method in methods:
@@ -302,11 +303,16 @@ def test_the_cost_of_a_signal_is_counted_in_passes(evaluated):
     for method, passes in expected.items():
         # A prefix that several texts share may go through the model once more a batch.
         assert {round(p.passes) for p in rows_of(results, method)} == {passes}
-    assert all(p.passes >= 2 for p in rows_of(results, VERBALISED))  # the prompt and a reply
 
 
 def test_the_run_says_what_was_asked_and_what_was_left_out(evaluated):
     base, tuned = (evaluated.results(name).run["signals"] for name in MODEL_FILES)
+    for signals in (base, tuned):  # the embedded model answers yes or no, whatever it is asked
+        reason = signals["left_out"].pop(VERBALISED)
+        assert re.fullmatch(
+            r"scored 0 of the first \d+ texts; an error: the reply '.*' is no whole number.*",
+            reason,
+        )
     assert base["left_out"] == {MC_DROPOUT: "the base model has no LoRA layers to drop out"}
     assert tuned["left_out"] == {}
     for signals in (base, tuned):
