@@ -199,11 +199,18 @@ def _averaged(task, method, passes, mean):
         if row.error is not None:
             return Prediction(row.example_id, method, error=row.error)
     logprobs = np.array([row.label_logprobs for row in passes])
+    slack = None
+    if any(row.label_slack is not None for row in passes):  # the mean of upper bounds is one too
+        unread = np.array([row.label_slack or np.zeros(logprobs.shape[1]) for row in passes])
+        with np.errstate(divide="ignore"):
+            least = np.log(np.maximum(np.exp(logprobs) - unread, 0.0))
+        slack = np.exp(mean(logprobs)) - np.exp(mean(least))
     return prediction_from_logprobs(
         passes[0].example_id,
         task,
         mean(logprobs),
         method=method,
+        label_slack=slack,
         # float32 has no more digits, and there are many of these numbers
         pass_logprobs=tuple(tuple(float(f"{v:.7g}") for v in row) for row in logprobs),
         truncated=any(row.truncated for row in passes),

@@ -182,6 +182,22 @@ def test_paraphrase_averages_log_probabilities_over_full_passes(classifier):
         assert row.predicted == SENTIMENT.label_names[int(np.argmax(row.label_logprobs))]
 
 
+def test_the_mean_over_wordings_of_upper_bounds_is_one(classifier):
+    """The least that the mean can be is that of what was read."""
+    (own,) = classifier.classify_batch(TEXTS[:1])
+    p = np.exp(own.label_logprobs)
+    siblings = [classifier.for_task(task) for task in other_wordings(SENTIMENT)[:1]]
+    for unread in (0.3 * p, p):
+        bounded = replace(own, label_slack=tuple(unread * [p[0] < p[1], p[1] < p[0]]))
+        (row,) = paraphrase_predictions(siblings, TEXTS[:1], [bounded])
+        first, other = np.exp(row.pass_logprobs)
+        least = np.sqrt((first - bounded.label_slack).clip(0) * other)
+        np.testing.assert_allclose(np.exp(row.label_logprobs) - row.label_slack, least, atol=1e-6)
+    unsure = replace(own, label_slack=tuple(p))
+    (row,) = paraphrase_predictions(siblings, TEXTS[:1], [unsure])
+    assert "too few tokens" in row.error
+
+
 def test_a_negated_question_is_answered_with_the_other_word(classifier):
     """P(positive) of a negated wording is the probability of "No" to that question."""
     other = other_wordings(SENTIMENT)[-1]
