@@ -254,12 +254,19 @@ def test_held_out_rows_are_the_split_and_no_group_of_theirs_is_trained_on(
     assert not {e.group for e in seen} & {e.group for e in held_out}
 
 
-def test_second_run_is_up_to_date_and_a_changed_setting_trains_again(tmp_path, tiny_csv):
+def test_second_run_is_up_to_date_and_a_changed_setting_trains_again(tmp_path, tiny_csv, capsys):
     assert train(tmp_path, tiny_csv, batch_size=32) == "trained"
     before = all_files(tmp_path)
     assert train(tmp_path, tiny_csv, batch_size=32) == "up to date"
     assert all_files(tmp_path) == before
+    manifest = tmp_path / "fine_tuned_sentiment_model/manifest.json"
+    kept = json.loads(manifest.read_text())
+    write_json(manifest, kept | {"versions": kept["versions"] | {"peft": "0.1"}})
+    assert "other packages" not in capsys.readouterr().err
     assert train(tmp_path, tiny_csv, batch_size=32, train_seed=7) == "trained"
+    assert f"made with other packages: peft 0.1 → {kept['versions']['peft']}" in (
+        capsys.readouterr().err
+    )
     after = all_files(tmp_path)
     assert set(after) == set(before)
     name = "fine_tuned_sentiment_model/adapter_model.safetensors"
