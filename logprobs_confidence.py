@@ -75,13 +75,18 @@ CHECK_TEXTS = (  # on which a loaded model's engine is compared with its plain f
 
 @dataclass(frozen=True)
 class TokenProbability:
-    """One row of a next-token distribution; `token` is quoted so that spaces and bytes show."""
+    """One row of a next-token distribution; `token` is quoted so that spaces and bytes show.
 
-    rank: int
-    token_id: int
+    Of a model on a server the rank is not known beyond the tokens that it returns, nor the id of a
+    token that reads like another one. bound: the probability is the most that the token can have.
+    """
+
+    rank: int | None
+    token_id: int | None
     token: str
     logprob: float  # nats
     probability: float
+    bound: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ such as one with a control token in it, is an error of its row.
 """
 
 import itertools
+import math
 import os
 import random
 import sys
@@ -33,8 +34,12 @@ from http_client import JsonServer, NoAnswer
 from logprobs_confidence import (
     CHECK_TEXTS,
     HALF_PRECISION_TOLERANCE,
+    Explanation,
     LogprobsClassifier,
+    TokenProbability,
     load_tokenizer,
+    mean_prediction,
+    visible_token,
 )
 from records import CONSISTENCY, prediction_from_logprobs
 from settings import EvaluationSettings, UserError, fingerprint, resolve_model
@@ -494,6 +499,68 @@ class ServerLogprobsClassifier(LogprobsClassifier):
         return prediction_from_logprobs(
             example_id, self.task, reply.label_logprobs, label_slack=reply.label_slack, **cost
         )
+
+    # ------------------------------------------------------------------------ what is shown of it
+
+    def explain(self, text, k=8):
+        """`Explanation` of one text with the k most probable tokens, or as many as are granted.
+
+        Raises UserError for a text that cannot be scored.
+        """
+        orders = tuple(order.classify(text) for order in self.orders)
+        ((ids, _),) = self.encoder.encode([text.strip()])
+        firsts = [list(dict.fromkeys(word[0] for word in words)) for words in self.words]
+        try:
+            top = self._top_tokens(ids, k)
+            bounds = self._token_bounds(ids, sorted({t for tokens in firsts for t in tokens}))
+        except Refused as error:
+            raise UserError(f"the server refuses this text: {error}") from error
+        ranks = {t.token_id: t.rank for t in top}
+
+        def row(token):
+            lower, upper = map(float, bounds[token])
+            name = visible_token(self.tokenizer, token)
+            logprob = math.log(upper) if upper > 0 else -math.inf
+            return TokenProbability(
+                ranks.get(token), token, name, logprob, upper, bound=lower < upper
+            )
+
+        words = {
+            name: tuple(sorted(map(row, tokens), key=lambda t: -t.probability))
+            for name, tokens in zip(self.task.label_names, firsts, strict=True)
+        }
+        prompt, answer = self.encoder.prompt(text.strip()), mean_prediction(self.task, orders)
+        return Explanation(prompt, orders[0], tuple(top[:k]), words, orders, answer)
+
+    def _top_tokens(self, ids, k):
+        """[`TokenProbability`] of the most probable tokens after a prompt, at least one.
+
+        They are k or more, unless the server grants fewer. Raises Refused.
+        """
+        # A server that names tokens by their id where some are asked for does so here as well.
+        options = {"return_tokens_as_token_ids": True} if self.reading.top == 0 else {}
+        granted = TOP_TOKENS if self.reading.top == 0 else (self.reading.top,)
+        for most in granted:
+            reading = replace(self.reading, top=min(k, most) if self.reading.top == 0 else most)
+            try:
+                answer = self._complete(reading, ids, **options)
+                break
+            except Refused:
+                if most == granted[-1]:
+                    raise
+        self._check_read(answer, ids)
+        returned = sorted(returned_logprobs(answer).items(), key=lambda item: -item[1])
+        if not returned:
+            raise Refused(200, "an answer without log-probabilities")
+        rows = []
+        for rank, (token, logprob) in enumerate(returned, 1):
+            name = repr(token)
+            if isinstance(token, str):
+                token = self._texts.index(token) if self._texts.count(token) == 1 else None
+            if token is not None:
+                name = visible_token(self.tokenizer, token)
+            rows.append(TokenProbability(rank, token, name, logprob, math.exp(logprob)))
+        return rows
 
     # ------------------------------------------------------- what an evaluation asks besides labels
 
