@@ -464,14 +464,6 @@ def order_lines(task, explanation):
     return [*lines, ""]
 
 
-def fewer_lines(seen):
-    """That a server names fewer tokens than were asked for; else nothing."""
-    asked = seen.demo.top_k
-    return wrapped(f"The model names no more of them than that, not {asked}.") * (
-        len(seen.top) < asked
-    )
-
-
 def meaning(prediction):
     """How sure the model is, and what that does and does not say."""
     sure = next((s for low, s in SURENESS if prediction.confidence >= low), "It is undecided")
@@ -513,7 +505,6 @@ def report(seen):
         "",
         styled(f"The {len(seen.top)} most probable next tokens:", BOLD),
         *table(seen.top, label_notes(seen), seen.at_temperature()),
-        *fewer_lines(seen),
         "",
         *sum_lines(first, explanation, seen.whole_words),
         "",

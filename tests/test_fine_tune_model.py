@@ -7,6 +7,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -157,6 +158,20 @@ def reference(tmp_path_factory, tiny_csv):
     return folder
 
 
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory, tiny_csv):
+    """The folder of a short run on 72 rows, to be copied before it is changed."""
+    folder = tmp_path_factory.mktemp("quick")
+    assert train(folder, tiny_csv, batch_size=32) == "trained"
+    return folder
+
+
+@pytest.fixture
+def finished(quick, tmp_path):
+    """A copy of `quick`."""
+    return shutil.copytree(quick, tmp_path, dirs_exist_ok=True)
+
+
 # What a run leaves.
 
 
@@ -254,9 +269,8 @@ def test_held_out_rows_are_the_split_and_no_group_of_theirs_is_trained_on(
     assert not {e.group for e in seen} & {e.group for e in held_out}
 
 
-def test_second_run_is_up_to_date_and_a_changed_setting_trains_again(tmp_path, tiny_csv, capsys):
-    assert train(tmp_path, tiny_csv, batch_size=32) == "trained"
-    before = all_files(tmp_path)
+def test_second_run_is_up_to_date_and_a_changed_setting_trains_again(finished, tiny_csv, capsys):
+    tmp_path, before = finished, all_files(finished)
     assert train(tmp_path, tiny_csv, batch_size=32) == "up to date"
     assert all_files(tmp_path) == before
     manifest = tmp_path / "fine_tuned_sentiment_model/manifest.json"
@@ -917,11 +931,10 @@ def test_command_exits_with_1_for_a_bad_setting_and_2_for_bad_usage(tmp_path, ti
 
 
 @pytest.mark.parametrize("share", [0.5, 1.5], ids=["adapter", "optimizer"])
-def test_disk_full_at_a_checkpoint_keeps_the_old_result(tmp_path, tiny_csv, capsys, share):
+def test_disk_full_at_a_checkpoint_keeps_the_old_result(finished, tiny_csv, capsys, share):
     """The limit on a file's size makes the real writers fail: below the adapter's, then above it
     and below the optimizer's, which holds two numbers a weight."""
-    train(tmp_path, tiny_csv, batch_size=32)
-    before = all_files(tmp_path)
+    tmp_path, before = finished, all_files(finished)
     size = len(before["fine_tuned_sentiment_model/adapter_model.safetensors"])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * size), hard))
@@ -939,10 +952,9 @@ def test_disk_full_at_a_checkpoint_keeps_the_old_result(tmp_path, tiny_csv, caps
 
 
 def test_disk_full_at_the_result_keeps_the_old_one_and_the_training(
-    tmp_path, tiny_csv, capsys, monkeypatch
+    finished, tiny_csv, capsys, monkeypatch
 ):
-    train(tmp_path, tiny_csv, batch_size=32)
-    before = all_files(tmp_path)
+    tmp_path, before = finished, all_files(finished)
     flags = command_flags(tmp_path, tiny_csv, batch_size=32, train_seed=1)
 
     def full(source, target):

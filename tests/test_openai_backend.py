@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 
+import classify_api
 import classify_cli
 import fine_tune_model
 import generate_evaluation_cache
 import openai_backend
-from api_server import ServerProcess, httpx
 from calibration import cached_calibrator
 from dataset_loader import load_splits
 from logprobs_confidence import TransformerLogprobsClassifier, open_classifier
@@ -450,11 +451,15 @@ def test_the_api_answers_with_a_model_on_a_server(serve, classifier, tmp_path):
     flags = ["--backend=openai", f"--base-url={server.url}", f"--model={MODEL_NAME}"]
     flags += ["--tokenizer=embedded", f"--adapters-dir={tmp_path}"]
     (tmp_path / "mine").mkdir()
-    with ServerProcess(*flags, f"--fine-tuned-dir={tmp_path / 'none'}") as api:
-        api.wait_until_ready()
-        answer = httpx.get(f"{api.url}/classify", params={"text": CONTROL}, timeout=60).json()
-        models = httpx.get(f"{api.url}/models", timeout=60).json()
-        assert api.stop() == 0
+    flags += [f"--fine-tuned-dir={tmp_path / 'none'}"]
+    app, _ = classify_api.build(classify_api.parse_arguments(flags), pytest.fail)
+    with TestClient(app) as api:
+        until = time.monotonic() + 120
+        while api.get("/ready").status_code != 200:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        answer = api.get("/classify", params={"text": CONTROL}).json()
+        models = api.get("/models").json()
     local = classifier.classify(CONTROL)
     mine = answer["raw_probability"] * answer["label_mass"]
     assert mine == pytest.approx(local.confidence, abs=TOLERANCE)

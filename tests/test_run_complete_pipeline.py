@@ -42,14 +42,17 @@ samples = 9
 SCRIPT = str(ROOT / "run_complete_pipeline.py")
 
 
-def run_pipeline(*arguments, **environment):
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::RuntimeWarning"}
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::RuntimeWarning"}
+
+
+def run_pipeline(*arguments, **variables):
     return subprocess.run(
         [sys.executable, SCRIPT, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | environment,
+        env=environment() | variables,
     )
 
 
