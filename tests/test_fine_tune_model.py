@@ -712,7 +712,7 @@ def test_multi_task_teaches_the_model_to_say_how_often_it_is_right(tmp_path, eas
 def test_an_interrupted_multi_task_run_continues_with_the_targets_it_had(
     tmp_path, tiny_csv, monkeypatch
 ):
-    flags = {"objective": "multi-task", "evaluations_per_epoch": 3, "batch_size": 16}
+    flags = {"objective": "multi-task", "evaluations_per_epoch": 2, "batch_size": 16}
     train(tmp_path / "whole", tiny_csv, **flags)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after_first_checkpoint(patch)
@@ -844,26 +844,32 @@ def test_two_processes_train_as_one_that_accumulates_two_batches(tmp_path, tiny_
         interrupt_after_first_checkpoint(patch)
         train(tmp_path / "two", tiny_csv, dropout=0.0)
     train(tmp_path / "one", tiny_csv, dropout=0.0, accumulation=2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += [f"--master_port={free_port()}", str(ROOT / "fine_tune_model.py")]
+    command = [sys.executable, str(ROOT / "fine_tune_model.py")]
     command += command_flags(tmp_path / "two", tiny_csv, dropout=0.0)
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{tmp_path / 'two' / 'fine_tuned_sentiment_model'}: trained\n"
-    assert "continuing" not in done.stderr
+    launched = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # as torchrun does
+    processes = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    (out, errors), (other_out, other_errors) = (p.communicate(timeout=180) for p in processes)
+    assert [p.returncode for p in processes] == [0, 0], errors + other_errors
+    assert out == f"{tmp_path / 'two' / 'fine_tuned_sentiment_model'}: trained\n"
+    assert other_out == ""
+    assert "continuing" not in errors + other_errors
     expected = result(tmp_path / "one", "training_metrics.json")["history"]
     history = result(tmp_path / "two", "training_metrics.json")["history"]
     rows = result(tmp_path / "two", "training_metrics.json")["rows"]["train"]
     assert history[-1]["step"] == math.ceil(math.ceil(rows / 8) / 2)  # two batches a step
     assert [h["step"] for h in history] == [h["step"] for h in expected]
     for row in history[1:]:
-        assert done.stderr.count(f"step {row['step']}: training loss") == 1
+        assert (errors + other_errors).count(f"step {row['step']}: training loss") == 1
     one, two = adapter_weights(tmp_path / "one"), adapter_weights(tmp_path / "two")
     largest = max(float((one[name] - two[name]).abs().max()) for name in one)
     assert largest < 1e-3

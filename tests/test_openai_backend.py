@@ -93,7 +93,7 @@ def difference(first, second):
 
 
 def test_probabilities_of_held_out_texts_equal_the_local_ones(serve, classifier):
-    rows = [e for e in load_splits(DataSettings(), SENTIMENT) if e.split == "test"][:200]
+    rows = [e for e in load_splits(DataSettings(), SENTIMENT) if e.split == "test"][:100]
     texts, server = [e.text for e in rows], serve()
     remote = opened(server)
     found, local = remote.classify_batch(texts), classifier.classify_batch(texts)
@@ -351,7 +351,7 @@ def test_adapters_fine_tuning_and_other_temperatures_are_refused(serve, tmp_path
 def evaluate(serve, tmp_path):
     """(server, flags → exit code of generate_evaluation_cache.py) on a small file of data."""
     server = serve()
-    data = write_csv(tmp_path / "rows.csv", small_rows(150))
+    data = write_csv(tmp_path / "rows.csv", small_rows(100))
 
     def run(*extra, folder="run"):
         flags = {
