@@ -51,6 +51,7 @@ FIRST_WAIT_SEC, LONGEST_WAIT_SEC = 0.5, 30.0  # between two tries; doubled each 
 BUSY = {408, 425, 429, 500, 502, 503, 504, 529}  # statuses after which it is worth asking again
 TOP_TOKENS = (100, 20, 5)  # most probable tokens to ask for: the first that a server grants
 MOST_TOKEN_IDS = 128  # of vLLM's logprob_token_ids
+NO_CHANCE = -9999.0  # nats, as vLLM writes it: JSON has no infinity
 ROUNDING = 1e-6  # of the probabilities that a server returns, in sum
 # What GET /models says of a model that belongs to its identity; the rest changes with every start.
 REPORTED = ("root", "parent", "owned_by", "max_model_len", "meta")
@@ -520,7 +521,7 @@ class ServerLogprobsClassifier(LogprobsClassifier):
         def row(token):
             lower, upper = map(float, bounds[token])
             name = visible_token(self.tokenizer, token)
-            logprob = math.log(upper) if upper > 0 else -math.inf
+            logprob = math.log(upper) if upper > 0 else NO_CHANCE
             return TokenProbability(
                 ranks.get(token), token, name, logprob, upper, bound=lower < upper
             )
@@ -537,16 +538,16 @@ class ServerLogprobsClassifier(LogprobsClassifier):
 
         They are k or more, unless the server grants fewer. Raises Refused.
         """
-        # A server that names tokens by their id where some are asked for does so here as well.
-        options = {"return_tokens_as_token_ids": True} if self.reading.top == 0 else {}
-        granted = TOP_TOKENS if self.reading.top == 0 else (self.reading.top,)
-        for most in granted:
-            reading = replace(self.reading, top=min(k, most) if self.reading.top == 0 else most)
+        numbers, options = [self.reading.top], {}
+        if self.reading.top == 0:  # how many it grants is not known, and tokens go by their id
+            numbers = list(dict.fromkeys(min(k, most) for most in TOP_TOKENS))
+            options = {"return_tokens_as_token_ids": True}
+        for number in numbers:
             try:
-                answer = self._complete(reading, ids, **options)
+                answer = self._complete(replace(self.reading, top=number), ids, **options)
                 break
             except Refused:
-                if most == granted[-1]:
+                if number == numbers[-1]:
                     raise
         self._check_read(answer, ids)
         returned = sorted(returned_logprobs(answer).items(), key=lambda item: -item[1])
