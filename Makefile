@@ -42,7 +42,7 @@ benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/speed.py
 
 test: $(VENV)/.installed-dev
-	$(TESTING) $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(TESTING) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 slow-test: $(VENV)/.installed-dev
 	$(TESTING) $(BIN)/python -m pytest -q -m slow -n 2

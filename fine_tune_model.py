@@ -28,7 +28,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from records import read_json, versions, write_json
+from records import changed_packages, read_json, versions, write_json
 from settings import (
     OBJECTIVES,
     ROOT,
@@ -627,7 +627,10 @@ def is_up_to_date(folder, run_print):
     """True if the adapter was made from the same things and all its files are there."""
     if not all((folder / name).exists() for name in RESULT_FILES):
         return False
-    return read_json(folder / "manifest.json", NEXT_STEP).get("fingerprint") == run_print
+    manifest = read_json(folder / "manifest.json", NEXT_STEP)
+    if changed := changed_packages(manifest.get("versions", {})):
+        print(f"{folder} was made with other packages: {changed}", file=sys.stderr)
+    return manifest.get("fingerprint") == run_print
 
 
 def training_dtype(dtype, device):
@@ -636,11 +639,9 @@ def training_dtype(dtype, device):
     "auto" stays what `choose_dtype` makes of it, but float16 becomes float32. Raises UserError for
     float16 asked for by name.
     """
-    import torch
-
     from logprobs_confidence import choose_dtype
 
-    if choose_dtype(dtype, device) != torch.float16:
+    if choose_dtype(dtype, device) != "float16":
         return dtype
     if dtype != "auto":
         raise UserError("float16 loses small gradients; train with --dtype bfloat16 or float32")

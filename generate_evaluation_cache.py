@@ -32,7 +32,9 @@ from records import (
     VERBALISED,
     ModelResults,
     Prediction,
+    changed_packages,
     load_held_out,
+    package_versions,
     prediction_from_json,
     prediction_to_json,
     read_json,
@@ -316,9 +318,7 @@ def held_out_examples(task, data, folder, base_only):
 
 def generate(task, model, data, evaluation, output, base_only=False, force=False):
     """Run the stage. Returns "evaluated" or "up to date". Raises UserError."""
-    from comparison import judge_calibrators
     from logprobs_confidence import model_fingerprint, open_classifier, weights_fingerprint
-    from signal_comparison import judge_signals
 
     check_evaluation(evaluation)
     model.check()
@@ -332,7 +332,7 @@ def generate(task, model, data, evaluation, output, base_only=False, force=False
         classifier, model_print = None, model_fingerprint(model)
     else:
         classifier = open_classifier(model, task=task)
-        model_print = classifier.identity["fingerprint"]
+        model_print = fingerprint([classifier.identity["fingerprint"], package_versions()])
     training = None
     if adapter is not None:
         check_adapter(adapter, task, model, weights_fingerprint(resolve_model(model.model)))
@@ -349,6 +349,9 @@ def generate(task, model, data, evaluation, output, base_only=False, force=False
     metadata_path = cache_dir / "evaluation_metadata.json"
     if not force and is_up_to_date(metadata_path, run_print, base_only):
         return "up to date"
+    from comparison import judge_calibrators
+    from signal_comparison import judge_signals
+
     classifier = classifier or open_classifier(model, adapter, task)
     results = {}
     for name in MODEL_FILES if adapter is not None else ["base"]:
@@ -442,7 +445,10 @@ def is_up_to_date(metadata_path, run_print, base_only):
     """True if the cache was made from the same things and all its files are there."""
     if not metadata_path.exists():
         return False
-    if read_json(metadata_path, NEXT_STEP).get("fingerprint") != run_print:
+    metadata = read_json(metadata_path, NEXT_STEP)
+    if changed := changed_packages(metadata.get("versions", {})):
+        print(f"{metadata_path.parent} was made with other packages: {changed}", file=sys.stderr)
+    if metadata.get("fingerprint") != run_print:
         return False
     files = ["calibrated_results.json", MODEL_FILES["base"]]
     files += [] if base_only else [MODEL_FILES["finetuned"]]

@@ -5,10 +5,14 @@
     python logprob_demo_cli.py "Best worst thing ever" --quiet       # negative 0.8125
     python logprob_demo_cli.py "The film was" --raw-prompt --max-new-tokens 5 --temperature 2
     python logprob_demo_cli.py --file texts.txt --task toxicity --json
+    python logprob_demo_cli.py --backend openai --base-url http://127.0.0.1:8000/v1 \\
+        --model meta-llama/Llama-3.1-8B-Instruct "Best worst thing ever"
 
 Shows the prompt as the model reads it, the most probable next tokens, how their probabilities add
 up to those of the labels, and what the resulting confidence means. If evaluation_cache/ holds a
-calibrator of exactly this model, it also says how often such an answer is right.
+calibrator of exactly this model, it also says how often such an answer is right. A server names its
+most probable tokens only: what needs all of them is refused, and a probability that it does not
+give is shown as the most that it can be, with a ≤.
 Exit codes: 0 done, 1 failed, 2 bad usage.
 """
 
@@ -20,7 +24,7 @@ import re
 import sys
 import textwrap
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from unicodedata import category, east_asian_width
@@ -37,10 +41,12 @@ from logprobs_confidence import (
 from records import LOW_LABEL_MASS, Prediction, label_probabilities
 from report import MODEL_TITLES
 from settings import (
+    LOCAL,
     EvaluationSettings,
     ModelSettings,
     Task,
     UserError,
+    add_arguments,
     add_classifier_arguments,
     read_task,
 )
@@ -51,6 +57,7 @@ LONGEST_TOKEN = 21  # columns; what is longer is cut
 NEIGHBOURS = 0.05  # answers whose calibrated probability differs by at most this are "such answers"
 SURENESS = ((0.95, "It is almost certain"), (0.8, "It is fairly sure"), (0.6, "It leans that way"))
 BOLD, FAINT, YELLOW = "1", "2", "33"  # ANSI codes
+SERVER_FLAGS = ("backend", "base_url", "tokenizer")  # the fields of `ModelSettings` with a flag
 LABEL_COLOURS = ("36", "35", "32", "34")  # of the labels in their order, then from the first again
 
 
@@ -394,7 +401,7 @@ def sum_lines(task, explanation, whole_words):
         else:
             tokens = explanation.words[label.name]
             mine += wrapped(start + " + ".join(f"p({t.token})" for t in tokens), len(start))
-            added = " + ".join(decimals(t.probability) for t in tokens)
+            added = " + ".join("≤ " * t.bound + decimals(t.probability) for t in tokens)
             added += f" = {decimals(total)}" if len(tokens) > 1 else ""
             mine += wrapped(" " * (len(start) - 2) + f"= {added}", len(start))
             whole = {repr(space + word) for word in label.words for space in ("", " ")}
@@ -406,8 +413,19 @@ def sum_lines(task, explanation, whole_words):
                 )
         lines += [styled(line, label_style(task, label.name)) for line in mine]
     mass = explanation.prediction.label_mass
+    if (slack := explanation.prediction.label_slack) is not None:
+        ranges = (
+            f"p({name}) lies between {decimals(max(0.0, total - loose))} and {decimals(total)}"
+            for name, total, loose in zip(task.label_names, totals, slack, strict=True)
+            if loose > 0
+        )
+        lines += warning_lines(
+            "the server names its most probable tokens only. A ≤ stands before the most that "
+            f"another one can have: {'; '.join(ranges)}."
+        )
     sums = " + ".join(decimals(total) for total in totals)
-    lines += wrapped(f"  label mass = {sums} = {decimals(mass)}", len("  label mass = "))
+    start = f"  label mass {'=' if slack is None else '≤'} "
+    lines += wrapped(f"{start}{sums} = {decimals(mass)}", len(start))
     if mass < LOW_LABEL_MASS:
         lines += warning_lines(
             f"the label mass is below {LOW_LABEL_MASS}: the model mostly says something that is no "
@@ -690,6 +708,9 @@ def look_json(seen):
             "truncated": p.truncated,
             "calibration": seen.calibration,
         }
+        if p.label_slack is not None:
+            slack = zip(seen.task.label_names, p.label_slack, strict=True)
+            data["label_slack"] = dict(slack)  # "p" is at most so much too large
     if demo.temperature is not None:
         data["temperature"] = demo.temperature
     if seen.cooled is not None:
@@ -741,6 +762,8 @@ def parse_arguments(argv):
     )
     parser.add_argument("--file", type=Path, help="a text on every line, UTF-8")
     add_classifier_arguments(parser)
+    others = [f.name for f in fields(ModelSettings) if f.name not in SERVER_FLAGS]
+    add_arguments(parser, ModelSettings, leave_out=others)
     parser.add_argument(
         "--compare", action="store_true", help="the model without and with its adapter side by side"
     )
@@ -799,6 +822,14 @@ def check_arguments(parser, arguments):
                 names = (name.replace("_", "-") for name in (flag, other))
                 one, two = ("TEXT" if name == "texts" else f"--{name}" for name in names)
                 parser.error(f"{one} and {two} exclude each other; leave one of them out")
+    if arguments.backend != LOCAL:
+        for flag in ("adapter", "compare", "raw_prompt", "temperature", "max_new_tokens"):
+            if flag in given:
+                parser.error(
+                    f"--{flag.replace('_', '-')} needs a model that is loaded here; a server gives "
+                    "the probabilities of a few tokens after a question, and has an adapter as a "
+                    "--model by its own name"
+                )
     if "seed" in given and not {"temperature", "max_new_tokens"} <= given:
         parser.error("--seed is for drawing: it needs --max-new-tokens and --temperature")
     if arguments.compare and arguments.model not in (None, "finetuned") and not arguments.adapter:
@@ -873,7 +904,8 @@ def run(arguments):
     task = None if arguments.task is None else read_task(arguments.task)
     adapter = arguments.adapter
     model = arguments.model or ("finetuned" if adapter or arguments.compare else "base")
-    classifier = load_classifier(ModelSettings(model=model), adapter, task)
+    server = {name: getattr(arguments, name) for name in SERVER_FLAGS}
+    classifier = load_classifier(ModelSettings(model=model, **server), adapter, task)
     evaluated = {}
     if not arguments.quiet and not demo.raw_prompt:
         for name, arm in arms_of(classifier, arguments.compare).items():

@@ -12,22 +12,31 @@ How the passes are made fast is the matter of `engine.py`.
 
 import argparse
 import copy
+import ctypes
 import functools
 import hashlib
 import logging
 import math
 import os
 import re
+import runpy
 import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from records import TOKEN_PROBABILITY, Prediction, prediction_from_logprobs, read_json
+from records import (
+    TOKEN_PROBABILITY,
+    Prediction,
+    package_versions,
+    prediction_from_logprobs,
+    read_json,
+)
 from settings import (
     FINE_TUNED_DIR,
     LOCAL,
@@ -66,13 +75,18 @@ CHECK_TEXTS = (  # on which a loaded model's engine is compared with its plain f
 
 @dataclass(frozen=True)
 class TokenProbability:
-    """One row of a next-token distribution; `token` is quoted so that spaces and bytes show."""
+    """One row of a next-token distribution; `token` is quoted so that spaces and bytes show.
 
-    rank: int
-    token_id: int
+    Of a model on a server the rank is not known beyond the tokens that it returns, nor the id of a
+    token that reads like another one. bound: the probability is the most that the token can have.
+    """
+
+    rank: int | None
+    token_id: int | None
     token: str
     logprob: float  # nats
     probability: float
+    bound: bool = False
 
 
 @dataclass(frozen=True)
@@ -261,20 +275,46 @@ def common_length(a, b):
 
 def choose_device(device="auto"):
     """`auto` → cuda, mps or cpu, whichever is there first. UserError for one that is not."""
-    import torch
-
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if device == "auto":
-        return next(name for name, there in available.items() if there)
-    if device not in available:
+    if device not in ("auto", "cuda", "mps", "cpu"):
         raise UserError(f"device must be auto, cuda, mps or cpu, got {device!r}")
-    if not available[device]:
+    if device == "cpu":
+        return device
+    available = available_devices()
+    if device == "auto":
+        return available[0]
+    if device not in available:
         raise UserError(f"this machine has no {device} device; use --device auto")
     return device
+
+
+def available_devices():
+    """Those of cuda, mps and cpu that this machine has, in this order.
+
+    torch knows, but takes seconds to import: it is asked only where it could have another device
+    than the CPU.
+    """
+    if cpu_only():
+        return ["cpu"]
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return [name for name in there if there[name]] + ["cpu"]
+
+
+def cpu_only():
+    """Whether the torch that is installed certainly finds no device here but the CPU.
+
+    So it is where it was built for none, or for CUDA on a machine without the driver's library.
+    """
+    if sys.platform == "darwin":  # mps
+        return False
+    build = runpy.run_path(str(Path(find_spec("torch").origin).with_name("version.py")))
+    if build["hip"] is None and build["cuda"] is not None and sys.platform == "linux":
+        try:
+            ctypes.CDLL("libcuda.so.1")
+        except OSError:
+            return True
+    return build["cuda"] is None and build["hip"] is None
 
 
 def choose_dtype(dtype, device):
@@ -282,19 +322,19 @@ def choose_dtype(dtype, device):
 
     `fastest` is `auto`, except that `model_dtype` tries the model out on a CPU.
     """
-    import torch
-
     if dtype in ("auto", "fastest"):
         if device == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        return torch.float16 if device == "mps" else torch.float32
+            import torch
+
+            return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        return "float16" if device == "mps" else "float32"
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"dtype must be auto, fastest, float32, bfloat16 or float16, got {dtype!r}")
-    return getattr(torch, dtype)
+    return dtype
 
 
 def model_dtype(settings, device):
-    """The torch dtype that `ModelSettings` give on a device; for "fastest" the probe's finding."""
+    """The dtype that `ModelSettings` give on a device; for "fastest" the probe's finding."""
     if settings.dtype == "fastest" and device == "cpu" and settings.quantization == "none":
         return fastest_dtype(settings.model)
     return choose_dtype(settings.dtype, device)
@@ -303,8 +343,6 @@ def model_dtype(settings, device):
 @functools.cache
 def fastest_dtype(model):
     """float32, or bfloat16 where it is at least a fifth faster on this CPU: the model is tried."""
-    import torch
-
     from engine import seconds_per_batch
 
     seconds = {
@@ -312,7 +350,7 @@ def fastest_dtype(model):
         for dtype in ("bfloat16", "float32")
     }
     faster = seconds["float32"] > 1.2 * seconds["bfloat16"]
-    return torch.bfloat16 if faster else torch.float32
+    return "bfloat16" if faster else "float32"
 
 
 def quantization_config(quantization, device, dtype):
@@ -392,6 +430,7 @@ def load_tokenizer(name):
 
 def load_model_and_tokenizer(settings):
     """(model, tokenizer, device) of `ModelSettings`; safetensors only, no code from the hub."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from engine import use_float32_head
@@ -400,7 +439,7 @@ def load_model_and_tokenizer(settings):
     name = resolve_model(settings.model)
     device = choose_device(settings.device)
     check_model_name(name)
-    dtype = model_dtype(settings, device)
+    dtype = getattr(torch, model_dtype(settings, device))
     quantization = quantization_config(settings.quantization, device, dtype)
     if settings.attention not in ATTENTION:
         raise UserError(
@@ -452,10 +491,10 @@ def weights_fingerprint(folder_or_id):
                     f"{path.name} {hashlib.file_digest(file, 'sha256').digest()}".encode()
                 )
         return digest.hexdigest()[:16]
-    from transformers import AutoConfig
+    from huggingface_hub import hf_hub_download
 
-    try:
-        commit = AutoConfig.from_pretrained(str(folder_or_id))._commit_hash
+    try:  # in the cache of the hub a file's folder is named for the commit
+        commit = Path(hf_hub_download(str(folder_or_id), "config.json")).parent.name
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot find the model {folder_or_id}: {str(error).splitlines()[0][:200]}; check the "
@@ -465,15 +504,19 @@ def weights_fingerprint(folder_or_id):
 
 
 def model_fingerprint(settings):
-    """Identity of what `ModelSettings` load here: the weights and how they are computed with."""
+    """Identity of what `ModelSettings` load here: the weights and how they are computed with.
+
+    Imports torch only where a dtype must be tried or a GPU may be there.
+    """
     require_local(settings)
     name = resolve_model(settings.model)
     check_model_name(name)
     return fingerprint(
         [
             ENGINE_VERSION,
+            package_versions(),
             weights_fingerprint(name),
-            str(model_dtype(settings, choose_device(settings.device))),
+            model_dtype(settings, choose_device(settings.device)),
             settings.quantization,
             settings.max_tokens,
             settings.attention,

@@ -15,6 +15,7 @@ such as one with a control token in it, is an error of its row.
 """
 
 import itertools
+import math
 import os
 import random
 import sys
@@ -33,8 +34,12 @@ from http_client import JsonServer, NoAnswer
 from logprobs_confidence import (
     CHECK_TEXTS,
     HALF_PRECISION_TOLERANCE,
+    Explanation,
     LogprobsClassifier,
+    TokenProbability,
     load_tokenizer,
+    mean_prediction,
+    visible_token,
 )
 from records import CONSISTENCY, prediction_from_logprobs
 from settings import EvaluationSettings, UserError, fingerprint, resolve_model
@@ -46,6 +51,7 @@ FIRST_WAIT_SEC, LONGEST_WAIT_SEC = 0.5, 30.0  # between two tries; doubled each 
 BUSY = {408, 425, 429, 500, 502, 503, 504, 529}  # statuses after which it is worth asking again
 TOP_TOKENS = (100, 20, 5)  # most probable tokens to ask for: the first that a server grants
 MOST_TOKEN_IDS = 128  # of vLLM's logprob_token_ids
+NO_CHANCE = -9999.0  # nats, as vLLM writes it: JSON has no infinity
 ROUNDING = 1e-6  # of the probabilities that a server returns, in sum
 # What GET /models says of a model that belongs to its identity; the rest changes with every start.
 REPORTED = ("root", "parent", "owned_by", "max_model_len", "meta")
@@ -494,6 +500,68 @@ class ServerLogprobsClassifier(LogprobsClassifier):
         return prediction_from_logprobs(
             example_id, self.task, reply.label_logprobs, label_slack=reply.label_slack, **cost
         )
+
+    # ------------------------------------------------------------------------ what is shown of it
+
+    def explain(self, text, k=8):
+        """`Explanation` of one text with the k most probable tokens, or as many as are granted.
+
+        Raises UserError for a text that cannot be scored.
+        """
+        orders = tuple(order.classify(text) for order in self.orders)
+        ((ids, _),) = self.encoder.encode([text.strip()])
+        firsts = [list(dict.fromkeys(word[0] for word in words)) for words in self.words]
+        try:
+            top = self._top_tokens(ids, k)
+            bounds = self._token_bounds(ids, sorted({t for tokens in firsts for t in tokens}))
+        except Refused as error:
+            raise UserError(f"the server refuses this text: {error}") from error
+        ranks = {t.token_id: t.rank for t in top}
+
+        def row(token):
+            lower, upper = map(float, bounds[token])
+            name = visible_token(self.tokenizer, token)
+            logprob = math.log(upper) if upper > 0 else NO_CHANCE
+            return TokenProbability(
+                ranks.get(token), token, name, logprob, upper, bound=lower < upper
+            )
+
+        words = {
+            name: tuple(sorted(map(row, tokens), key=lambda t: -t.probability))
+            for name, tokens in zip(self.task.label_names, firsts, strict=True)
+        }
+        prompt, answer = self.encoder.prompt(text.strip()), mean_prediction(self.task, orders)
+        return Explanation(prompt, orders[0], tuple(top[:k]), words, orders, answer)
+
+    def _top_tokens(self, ids, k):
+        """[`TokenProbability`] of the most probable tokens after a prompt, at least one.
+
+        They are k or more, unless the server grants fewer. Raises Refused.
+        """
+        numbers, options = [self.reading.top], {}
+        if self.reading.top == 0:  # how many it grants is not known, and tokens go by their id
+            numbers = list(dict.fromkeys(min(k, most) for most in TOP_TOKENS))
+            options = {"return_tokens_as_token_ids": True}
+        for number in numbers:
+            try:
+                answer = self._complete(replace(self.reading, top=number), ids, **options)
+                break
+            except Refused:
+                if number == numbers[-1]:
+                    raise
+        self._check_read(answer, ids)
+        returned = sorted(returned_logprobs(answer).items(), key=lambda item: -item[1])
+        if not returned:
+            raise Refused(200, "an answer without log-probabilities")
+        rows = []
+        for rank, (token, logprob) in enumerate(returned, 1):
+            name = repr(token)
+            if isinstance(token, str):
+                token = self._texts.index(token) if self._texts.count(token) == 1 else None
+            if token is not None:
+                name = visible_token(self.tokenizer, token)
+            rows.append(TokenProbability(rank, token, name, logprob, math.exp(logprob)))
+        return rows
 
     # ------------------------------------------------------- what an evaluation asks besides labels
 

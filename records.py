@@ -333,7 +333,18 @@ def load_held_out(folder):
         raise UserError(f"{path} is damaged ({error}); {next_step}") from error
 
 
+def package_versions():
+    """Versions of the packages that the numbers depend on."""
+    names = ("torch", "transformers", "tokenizers", "peft", "scikit-learn", "scipy", "numpy")
+    return {name: version(name) for name in names}
+
+
 def versions():
-    """Versions of what the numbers depend on."""
-    names = ("torch", "transformers", "peft", "scikit-learn", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
+    """What a result keeps for the record: `package_versions` and that of Python."""
+    return {"python": platform.python_version()} | package_versions()
+
+
+def changed_packages(saved):
+    """`numpy 2.4.5 → 2.4.6`: the packages that differ now from the `versions` of a result."""
+    now = package_versions()
+    return ", ".join(f"{n} {saved[n]} → {now[n]}" for n in now if saved.get(n, now[n]) != now[n])

@@ -25,6 +25,38 @@ ARCHITECTURES = {  # name: (config class, model class, what differs from the com
 HYBRID = {"lfm2"}  # remembers more of a prompt than keys and values, so prompts are not shared
 
 
+# The files of tests that take longest, from the longest on. Each is the work of one process: begun
+# last, it would leave the other one idle.
+LONGEST = (
+    "test_fine_tune_model",
+    "test_run_complete_pipeline",
+    "test_charts",
+    "test_generate_evaluation_cache",
+    "test_api_process",
+    "test_logprobs_confidence",
+    "test_classify_server",
+    "test_openai_backend",
+    "test_logprob_demo_cli",
+    "test_calibration_metrics",
+    "test_classify_cli",
+    "test_classify_api",
+    "test_consistency_confidence",
+    "test_run_all_tasks",
+    "test_business_reliability",
+    "test_calibration_demo",
+    "test_layers",
+    "test_sample_size_thresholds",
+    "test_benchmarks",
+    "test_records",
+    "test_signal_comparison",
+)
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 GLM_LIKE_TEMPLATE = (  # the answer begins after a line break that the generation prompt lacks
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n"
     "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}"

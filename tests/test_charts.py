@@ -1,5 +1,7 @@
 """The charts: their numbers against brute force, their look, and the command that draws them."""
 
+import contextlib
+import io
 import itertools
 import json
 import re
@@ -569,7 +571,7 @@ def damage(folder, tmp_path, file, change):
         (
             "calibrated_results.json",
             lambda d: d["models"]["base"]["test"]["label"].__setitem__(
-                0, 1 - d["models"]["base"]["test"]["label"][0]
+                0, (d["models"]["base"]["test"]["label"][0] + 1) % 4
             ),
             "its labels differ",
         ),
@@ -623,7 +625,7 @@ def damage(folder, tmp_path, file, change):
     ],
 )
 def test_damaged_caches_are_refused(caches, tmp_path, file, change, message):
-    folder = damage(caches["two"], tmp_path, file, change)
+    folder = damage(caches["four"], tmp_path, file, change)
     with pytest.raises(UserError) as caught:
         charts.load_evaluation(folder)
     assert message in str(caught.value)
@@ -679,27 +681,49 @@ def run(*arguments, code=None):
     )
 
 
+def take_from(figures, monkeypatch):
+    """Pictures of the caches are not drawn once more: they are those of `figures`."""
+
+    def rendered(chart, evaluation):
+        return figures["alone" if evaluation.finetuned is None else "two"][chart.file].canvas
+
+    monkeypatch.setattr(charts, "render", rendered)
+
+
 @pytest.fixture(scope="module")
-def drawn(caches, tmp_path_factory):
-    """The images folder of the two-label cache, and the run that made it."""
-    images = tmp_path_factory.mktemp("drawn") / "images"
-    code = (
-        "import sys, generate_all_charts as g\n"
-        "code = g.main(sys.argv[1:])\n"
-        "unwanted = {'torch', 'transformers', 'peft', 'matplotlib.pyplot'} & set(sys.modules)\n"
-        "sys.exit(f'imported {unwanted}' if unwanted else code)"
-    )
-    return images, run("--cache-dir", caches["two"], "--images-dir", images, code=code)
+def drawn(caches, figures, tmp_path_factory):
+    """The images folder of the two-label cache, and what the command printed that made it."""
+    images, shown = tmp_path_factory.mktemp("drawn") / "images", io.StringIO()
+    arguments = ["--cache-dir", str(caches["two"]), "--images-dir", str(images)]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
+        take_from(figures, patch)
+        assert generate_all_charts.main(arguments) == 0
+    return images, shown.getvalue()
 
 
 def files_below(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-def test_command_draws_every_chart_without_a_model(drawn):
-    images, result = drawn
+def test_command_draws_without_a_model(caches, tmp_path):
+    """As a user runs it, but for a few charts; test_run_complete_pipeline.py draws them all."""
+    code = (
+        "import sys, charts, generate_all_charts as g\n"
+        "charts.CHARTS = charts.named(sys.argv.pop().split())\n"
+        "code = g.main(sys.argv[1:])\n"
+        "unwanted = {'torch', 'transformers', 'peft', 'matplotlib.pyplot'} & set(sys.modules)\n"
+        "sys.exit(f'imported {unwanted}' if unwanted else code)"
+    )
+    few = [ALONE[0], "calibration/sample_size.png", "calibration/signal_quality.png"]
+    flags = ["--cache-dir", caches["alone"], "--images-dir", tmp_path]
+    result = run(*flags, " ".join(few), code=code)
     assert (result.returncode, result.stderr) == (0, "")
-    lines = result.stdout.splitlines()
+    assert {*few, "manifest.json"} == set(files_below(tmp_path))
+
+
+def test_command_draws_every_chart(drawn):
+    images, shown = drawn
+    lines = shown.splitlines()
     assert [line.split("  ")[0] for line in lines[:-1]] == [str(images / f) for f in FILES]
     assert re.fullmatch(rf"{len(FILES)} charts in \d+\.\d s", lines[-1])
     assert files_below(images) == sorted([*FILES, "manifest.json"])
@@ -757,7 +781,8 @@ def test_a_missing_picture_is_drawn_again(images, caches, few):
     assert (images / FILES[0]).exists()
 
 
-def test_pictures_of_an_earlier_cache_do_not_stay(images, caches, capsys):
+def test_pictures_of_an_earlier_cache_do_not_stay(images, caches, figures, monkeypatch, capsys):
+    take_from(figures, monkeypatch)
     (images / "fine_tuning" / "my_own.png").write_bytes(b"mine")
     arguments = ["--cache-dir", str(caches["alone"]), "--images-dir", str(images)]
     assert generate_all_charts.main(arguments) == 0

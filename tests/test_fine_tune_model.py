@@ -7,6 +7,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -157,6 +158,20 @@ def reference(tmp_path_factory, tiny_csv):
     return folder
 
 
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory, tiny_csv):
+    """The folder of a short run on 72 rows, to be copied before it is changed."""
+    folder = tmp_path_factory.mktemp("quick")
+    assert train(folder, tiny_csv, batch_size=32) == "trained"
+    return folder
+
+
+@pytest.fixture
+def finished(quick, tmp_path):
+    """A copy of `quick`."""
+    return shutil.copytree(quick, tmp_path, dirs_exist_ok=True)
+
+
 # What a run leaves.
 
 
@@ -254,12 +269,18 @@ def test_held_out_rows_are_the_split_and_no_group_of_theirs_is_trained_on(
     assert not {e.group for e in seen} & {e.group for e in held_out}
 
 
-def test_second_run_is_up_to_date_and_a_changed_setting_trains_again(tmp_path, tiny_csv):
-    assert train(tmp_path, tiny_csv, batch_size=32) == "trained"
-    before = all_files(tmp_path)
+def test_second_run_is_up_to_date_and_a_changed_setting_trains_again(finished, tiny_csv, capsys):
+    tmp_path, before = finished, all_files(finished)
     assert train(tmp_path, tiny_csv, batch_size=32) == "up to date"
     assert all_files(tmp_path) == before
+    manifest = tmp_path / "fine_tuned_sentiment_model/manifest.json"
+    kept = json.loads(manifest.read_text())
+    write_json(manifest, kept | {"versions": kept["versions"] | {"peft": "0.1"}})
+    assert "other packages" not in capsys.readouterr().err
     assert train(tmp_path, tiny_csv, batch_size=32, train_seed=7) == "trained"
+    assert f"made with other packages: peft 0.1 → {kept['versions']['peft']}" in (
+        capsys.readouterr().err
+    )
     after = all_files(tmp_path)
     assert set(after) == set(before)
     name = "fine_tuned_sentiment_model/adapter_model.safetensors"
@@ -691,7 +712,7 @@ def test_multi_task_teaches_the_model_to_say_how_often_it_is_right(tmp_path, eas
 def test_an_interrupted_multi_task_run_continues_with_the_targets_it_had(
     tmp_path, tiny_csv, monkeypatch
 ):
-    flags = {"objective": "multi-task", "evaluations_per_epoch": 3, "batch_size": 16}
+    flags = {"objective": "multi-task", "evaluations_per_epoch": 2, "batch_size": 16}
     train(tmp_path / "whole", tiny_csv, **flags)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after_first_checkpoint(patch)
@@ -823,26 +844,32 @@ def test_two_processes_train_as_one_that_accumulates_two_batches(tmp_path, tiny_
         interrupt_after_first_checkpoint(patch)
         train(tmp_path / "two", tiny_csv, dropout=0.0)
     train(tmp_path / "one", tiny_csv, dropout=0.0, accumulation=2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += [f"--master_port={free_port()}", str(ROOT / "fine_tune_model.py")]
+    command = [sys.executable, str(ROOT / "fine_tune_model.py")]
     command += command_flags(tmp_path / "two", tiny_csv, dropout=0.0)
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{tmp_path / 'two' / 'fine_tuned_sentiment_model'}: trained\n"
-    assert "continuing" not in done.stderr
+    launched = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # as torchrun does
+    processes = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    (out, errors), (other_out, other_errors) = (p.communicate(timeout=180) for p in processes)
+    assert [p.returncode for p in processes] == [0, 0], errors + other_errors
+    assert out == f"{tmp_path / 'two' / 'fine_tuned_sentiment_model'}: trained\n"
+    assert other_out == ""
+    assert "continuing" not in errors + other_errors
     expected = result(tmp_path / "one", "training_metrics.json")["history"]
     history = result(tmp_path / "two", "training_metrics.json")["history"]
     rows = result(tmp_path / "two", "training_metrics.json")["rows"]["train"]
     assert history[-1]["step"] == math.ceil(math.ceil(rows / 8) / 2)  # two batches a step
     assert [h["step"] for h in history] == [h["step"] for h in expected]
     for row in history[1:]:
-        assert done.stderr.count(f"step {row['step']}: training loss") == 1
+        assert (errors + other_errors).count(f"step {row['step']}: training loss") == 1
     one, two = adapter_weights(tmp_path / "one"), adapter_weights(tmp_path / "two")
     largest = max(float((one[name] - two[name]).abs().max()) for name in one)
     assert largest < 1e-3
@@ -910,11 +937,10 @@ def test_command_exits_with_1_for_a_bad_setting_and_2_for_bad_usage(tmp_path, ti
 
 
 @pytest.mark.parametrize("share", [0.5, 1.5], ids=["adapter", "optimizer"])
-def test_disk_full_at_a_checkpoint_keeps_the_old_result(tmp_path, tiny_csv, capsys, share):
+def test_disk_full_at_a_checkpoint_keeps_the_old_result(finished, tiny_csv, capsys, share):
     """The limit on a file's size makes the real writers fail: below the adapter's, then above it
     and below the optimizer's, which holds two numbers a weight."""
-    train(tmp_path, tiny_csv, batch_size=32)
-    before = all_files(tmp_path)
+    tmp_path, before = finished, all_files(finished)
     size = len(before["fine_tuned_sentiment_model/adapter_model.safetensors"])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * size), hard))
@@ -932,10 +958,9 @@ def test_disk_full_at_a_checkpoint_keeps_the_old_result(tmp_path, tiny_csv, caps
 
 
 def test_disk_full_at_the_result_keeps_the_old_one_and_the_training(
-    tmp_path, tiny_csv, capsys, monkeypatch
+    finished, tiny_csv, capsys, monkeypatch
 ):
-    train(tmp_path, tiny_csv, batch_size=32)
-    before = all_files(tmp_path)
+    tmp_path, before = finished, all_files(finished)
     flags = command_flags(tmp_path, tiny_csv, batch_size=32, train_seed=1)
 
     def full(source, target):

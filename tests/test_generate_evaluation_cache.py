@@ -1,5 +1,6 @@
 """The held-out evaluation: what is written, what it equals, and what an interruption leaves."""
 
+import functools
 import json
 import re
 from dataclasses import replace
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import generate_evaluation_cache
+import logprobs_confidence
 from blend import SignalBlend, signal_rows
 from calibration import (
     CALIBRATORS,
@@ -108,9 +110,19 @@ def evaluated(tmp_path_factory):
     return run
 
 
+@pytest.fixture(scope="module")
+def opened():
+    """`open_classifier` that loads each model once; an adapter is known by the folder it is in."""
+    once = functools.cache(logprobs_confidence.open_classifier)
+    return lambda model, adapter=None, task=SENTIMENT: once(
+        model, None if adapter is None else adapter.resolve(), task
+    )
+
+
 @pytest.fixture
-def run(evaluated, tmp_path):
+def run(evaluated, opened, tmp_path, monkeypatch):
     """A copy of the fine-tuned model alone, to be evaluated by the test."""
+    monkeypatch.setattr(logprobs_confidence, "open_classifier", opened)
     (tmp_path / "fine_tuned_sentiment_model").symlink_to(
         evaluated.folder / "fine_tuned_sentiment_model"
     )

@@ -3,6 +3,7 @@
 import ast
 import json
 import resource
+import runpy
 import subprocess
 import sys
 import time
@@ -188,19 +189,21 @@ def run(path, *arguments):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_help_is_quick_and_waits_for_nothing_heavy(path):
-    runs = [run(path, "--help") for _ in range(2)]
-    for result, _, _ in runs:
-        message, _, modules = result.stderr.rstrip().rpartition("\n")
-        assert (result.returncode, message.strip()) == (0, "")
-        assert result.stdout.startswith("usage: ")
-        assert HEAVY.intersection(json.loads(modules)) == set()
-    assert min(cpu for _, _, cpu in runs) < HELP_CPU_SEC
-    assert min(wall for _, wall, _ in runs) < HELP_WALL_SEC
+    result, wall, cpu = run(path, "--help")
+    message, _, modules = result.stderr.rstrip().rpartition("\n")
+    assert (result.returncode, message.strip()) == (0, "")
+    assert result.stdout.startswith("usage: ")
+    assert HEAVY.intersection(json.loads(modules)) == set()
+    if cpu >= HELP_CPU_SEC or wall >= HELP_WALL_SEC:  # again: something else may have been at work
+        _, wall, cpu = run(path, "--help")
+    assert cpu < HELP_CPU_SEC
+    assert wall < HELP_WALL_SEC
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_bad_usage_is_exit_code_2(path):
-    result, _, _ = run(path, "--no-such-flag")
-    assert result.returncode == 2
-    assert result.stderr.startswith("usage: ")
-    assert "Traceback" not in result.stderr
+def test_bad_usage_is_exit_code_2(path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(path), "--no-such-flag"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: ")

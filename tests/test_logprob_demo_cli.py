@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import math
 import os
@@ -48,6 +49,7 @@ from logprobs_confidence import (
     load_classifier,
     weights_fingerprint,
 )
+from openai_server import MODEL_NAME, CompletionServer
 from records import LOW_LABEL_MASS, SCHEMA_VERSION, ModelResults, read_json, write_json
 from settings import (
     EMBEDDED_MODEL_DIR,
@@ -59,6 +61,7 @@ from settings import (
     Task,
     UserError,
     case_variants,
+    read_task,
 )
 
 TEXT = "Best worst thing ever"
@@ -862,17 +865,107 @@ def test_texts_come_through_a_pipe(loaded, monkeypatch, capsys):
     assert shown.err == ""
 
 
-def test_the_script_runs_as_a_user_would_run_it():
-    """On a terminal, or a file, that cannot show every token."""
-    result = subprocess.run(
-        [sys.executable, "logprob_demo_cli.py", "-", "--raw-prompt", "--top-k", "400"],
-        cwd=ROOT,
-        capture_output=True,
-        input="naïve 电影\n".encode(),
-        timeout=120,
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},
-    )
-    assert (result.returncode, result.stderr) == (0, b"")
-    assert result.stdout.decode("ascii").startswith(
-        "The 400 most probable next tokens:\nrank  token"
-    )
+def test_an_output_that_cannot_show_every_token_gets_escapes(loaded, monkeypatch, capsys):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("naïve 电影\n".encode())))
+    monkeypatch.setattr(sys, "stdout", output)
+    assert main(["-", "--raw-prompt", "--top-k", "10000"]) == 0  # all that there are
+    output.flush()
+    shown = output.buffer.getvalue().decode("ascii")
+    assert re.match(r"The \d+ most probable next tokens:\nrank  token", shown)
+    assert "'é'" not in shown and "'\\xe9'" in shown
+    assert capsys.readouterr().err == ""
+
+
+# A model on a server
+
+
+def asked_of(server, *arguments):
+    flags = ["--backend=openai", f"--base-url={server.url}", f"--model={MODEL_NAME}"]
+    return main([*flags, "--tokenizer=embedded", TEXT, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("form", "task"),
+    [
+        ({}, "sentiment"),
+        ({}, "news_topic"),  # lettered options
+        ({"logprob_token_ids": False}, "sentiment"),
+        ({"logprob_token_ids": False, "by_id": True}, "sentiment"),
+    ],
+    ids=["vLLM", "vLLM, letters", "older vLLM", "llama.cpp"],
+)
+def test_a_server_is_looked_at_like_a_model_that_is_loaded_here(classifier, capsys, form, task):
+    with CompletionServer(classifier, **form) as server:
+        assert asked_of(server, "--json", f"--task={task}", "--top-k=10") == 0
+        found = json.loads(capsys.readouterr().out)
+        assert asked_of(server, "--quiet", f"--task={task}") == 0
+        assert capsys.readouterr().out == f"{found['predicted']} {found['confidence']:.4f}\n"
+    local = classifier.for_task(read_task(task)).explain(TEXT, 10)
+    assert found["prompt"] == local.prompt
+    assert [t["token"] for t in found["tokens"]] == [t.token for t in local.top]
+    for rows, expected in [
+        (found["tokens"], local.top),
+        *((found["words"][name], tokens) for name, tokens in local.words.items()),
+    ]:
+        for row, token in zip(rows, expected, strict=True):
+            assert (row["token_id"], row["token"]) == (token.token_id, token.token)
+            assert row["rank"] in (token.rank, None) and not row["bound"]
+            assert row["probability"] == pytest.approx(token.probability, abs=1e-4)
+    assert found["predicted"] == local.answer.predicted
+    assert found["label_mass"] == pytest.approx(local.answer.label_mass, abs=1e-4)
+    assert "label_slack" not in found
+    assert "'of the server'" in found["calibration"]["reason"]  # nothing was calibrated for it
+
+
+def test_what_a_server_does_not_say_is_shown_as_a_bound(classifier, capsys):
+    with CompletionServer(classifier, logprob_token_ids=False, most_logprobs=5) as server:
+        assert asked_of(server) == 0
+        out, err = capsys.readouterr()
+        assert asked_of(server, "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+    lines = out.splitlines()
+    assert "The 5 most probable next tokens:" in lines
+    assert "only the 5 most probable tokens are known" in err
+    ((name, row),) = [(n, t) for n, words in found["words"].items() for t in words if t["bound"]]
+    true = {t.token: t.probability for t in classifier.explain(TEXT, 8).words[name]}
+    assert (name, row["token"], row["rank"]) == ("positive", "'YES'", None)
+    assert true["'YES'"] <= row["probability"] < 2 * true["'YES'"]
+    assert any(f"+ ≤ {decimals(row['probability'])} = " in line for line in lines)
+    said = re.search(r"p\(positive\) lies between (\S+)\s+and\s+(\S+)\.\s", "\n".join(lines))
+    lower, upper = map(float, said.groups())
+    assert lower <= sum(true.values()) <= upper
+    assert found["label_slack"]["positive"] == pytest.approx(upper - lower, abs=2e-6)
+    assert "p(negative) lies between" not in " ".join(lines)  # every word of it was named
+    assert any(line.startswith("  label mass ≤ ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--temperature=2",), ("--max-new-tokens=3",), ("--raw-prompt",), ("--compare",)],
+    ids=lambda flags: flags[0],
+)
+def test_what_needs_the_whole_model_is_refused_for_a_server(capsys, flags):
+    with pytest.raises(SystemExit) as ended:
+        main(["--backend=openai", "--base-url=http://127.0.0.1:9/v1", "--model=m", TEXT, *flags])
+    assert ended.value.code == 2
+    name = flags[0].partition("=")[0]
+    assert f"{name} needs a model that is loaded here" in capsys.readouterr().err
+
+
+def test_server_flags_without_a_server_are_one_clear_error(capsys):
+    assert main(["--base-url=http://127.0.0.1:9/v1", TEXT]) == 1
+    assert "--base-url is not for --backend local" in capsys.readouterr().err
+    assert main(["--backend=openai", TEXT]) == 1
+    assert "--backend openai needs --base-url" in capsys.readouterr().err
+
+
+def test_a_text_that_a_server_refuses_is_one_clear_error(classifier, capsys):
+    with CompletionServer(classifier) as server:
+        server.fails = lambda number: 400 if server.bodies[-1].get("logprobs") == 8 else None
+        assert asked_of(server) == 0  # fewer tokens are asked for then
+        assert "The 5 most probable next tokens:" in capsys.readouterr().out
+        server.fails = lambda number: 400 if "logprob_token_ids" not in server.bodies[-1] else None
+        assert asked_of(server) == 1
+        error = capsys.readouterr().err
+    assert "error: the server refuses this text: status 400, not now" in error

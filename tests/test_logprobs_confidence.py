@@ -12,10 +12,13 @@ from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 
+import logprobs_confidence
+import records
 from conftest import ARCHITECTURES, HYBRID
 from dataset_loader import load_splits
 from engine import Engine, next_token_logits, prune_last_layer, shared_prefix
@@ -28,6 +31,7 @@ from logprobs_confidence import (
     main,
     model_fingerprint,
     visible_token,
+    weights_fingerprint,
 )
 from records import write_json
 from settings import (
@@ -40,6 +44,7 @@ from settings import (
     Task,
     UserError,
     case_variants,
+    fingerprint,
     read_task,
 )
 
@@ -824,7 +829,7 @@ def test_4bit_and_8bit_load_on_a_cpu(classifier):
 def test_device_and_dtype_rules():
     assert choose_device("cpu") == "cpu"
     assert choose_device("auto") in ("cuda", "mps", "cpu")
-    assert choose_dtype("auto", "cpu") == torch.float32
+    assert choose_dtype("auto", "cpu") == "float32"
     with pytest.raises(UserError, match="device must be"):
         choose_device("tpu")
     with pytest.raises(UserError, match="dtype must be"):
@@ -834,6 +839,35 @@ def test_device_and_dtype_rules():
             choose_device("cuda")
     with pytest.raises(UserError, match="quantization must be"):
         TransformerLogprobsClassifier(ModelSettings(quantization="2bit"))
+
+
+def test_torch_need_not_be_asked_for_a_device_only_where_it_has_none(tmp_path, monkeypatch):
+    if logprobs_confidence.cpu_only():
+        assert not torch.cuda.is_available() and not torch.backends.mps.is_available()
+
+    def answer(cuda, hip, platform, driver=OSError):
+        def load(name):
+            if driver is not None:
+                raise driver(name)
+
+        (tmp_path / "version.py").write_text(f"cuda = {cuda!r}\nhip = {hip!r}\n")
+        monkeypatch.setattr(logprobs_confidence.ctypes, "CDLL", load)
+        monkeypatch.setattr(logprobs_confidence.sys, "platform", platform)
+        return logprobs_confidence.cpu_only()
+
+    origin = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(logprobs_confidence, "find_spec", lambda name: origin)
+    assert answer(None, None, "linux") and answer(None, None, "win32")
+    assert answer("12.6", None, "linux")  # built for CUDA, and no driver is there
+    assert not answer("12.6", None, "linux", driver=None)
+    assert not answer("12.6", None, "win32")
+    assert not answer(None, "6.4", "linux")
+    assert not answer(None, None, "darwin")
+    with monkeypatch.context() as patch:  # torch has the last word
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.backends.mps, "is_available", lambda: False)
+        assert logprobs_confidence.available_devices() == ["cuda", "cpu"]
+        assert choose_device("auto") == "cuda"
 
 
 @pytest.mark.accelerator
@@ -878,6 +912,32 @@ def test_model_fingerprint_follows_files_dtype_and_template(tmp_path):
     with (tmp_path / "chat_template.jinja").open("a") as file:
         file.write("{# changed #}")
     assert model_fingerprint(settings) != first
+
+
+def test_model_fingerprint_follows_the_packages(monkeypatch):
+    settings = ModelSettings(device="cpu")
+    first, installed = model_fingerprint(settings), records.version
+    for package in records.package_versions():
+        monkeypatch.setattr(
+            records, "version", lambda name, new=package: "0" if name == new else installed(name)
+        )
+        assert model_fingerprint(settings) != first
+    monkeypatch.undo()
+    assert model_fingerprint(settings) == first
+
+
+def test_hub_model_is_known_by_its_commit(tmp_path, monkeypatch):
+    """Offline, from a cache as the hub's library lays it out."""
+    commit, name = "0123456789abcdef0123456789abcdef01234567", "someone/tiny"
+    folder = tmp_path / "models--someone--tiny"
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    shutil.copy(EMBEDDED_MODEL_DIR / "config.json", folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert weights_fingerprint(name) == fingerprint([name, commit])
+    with pytest.raises(UserError, match="cannot find the model someone/else: "):
+        weights_fingerprint("someone/else")
 
 
 def test_damaged_or_missing_adapter_is_one_clear_error(tmp_path):

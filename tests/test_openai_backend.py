@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 
+import classify_api
 import classify_cli
 import fine_tune_model
 import generate_evaluation_cache
 import openai_backend
-from api_server import ServerProcess, httpx
 from calibration import cached_calibrator
 from dataset_loader import load_splits
 from logprobs_confidence import TransformerLogprobsClassifier, open_classifier
@@ -92,7 +93,7 @@ def difference(first, second):
 
 
 def test_probabilities_of_held_out_texts_equal_the_local_ones(serve, classifier):
-    rows = [e for e in load_splits(DataSettings(), SENTIMENT) if e.split == "test"][:200]
+    rows = [e for e in load_splits(DataSettings(), SENTIMENT) if e.split == "test"][:100]
     texts, server = [e.text for e in rows], serve()
     remote = opened(server)
     found, local = remote.classify_batch(texts), classifier.classify_batch(texts)
@@ -350,7 +351,7 @@ def test_adapters_fine_tuning_and_other_temperatures_are_refused(serve, tmp_path
 def evaluate(serve, tmp_path):
     """(server, flags → exit code of generate_evaluation_cache.py) on a small file of data."""
     server = serve()
-    data = write_csv(tmp_path / "rows.csv", small_rows(150))
+    data = write_csv(tmp_path / "rows.csv", small_rows(100))
 
     def run(*extra, folder="run"):
         flags = {
@@ -450,11 +451,15 @@ def test_the_api_answers_with_a_model_on_a_server(serve, classifier, tmp_path):
     flags = ["--backend=openai", f"--base-url={server.url}", f"--model={MODEL_NAME}"]
     flags += ["--tokenizer=embedded", f"--adapters-dir={tmp_path}"]
     (tmp_path / "mine").mkdir()
-    with ServerProcess(*flags, f"--fine-tuned-dir={tmp_path / 'none'}") as api:
-        api.wait_until_ready()
-        answer = httpx.get(f"{api.url}/classify", params={"text": CONTROL}, timeout=60).json()
-        models = httpx.get(f"{api.url}/models", timeout=60).json()
-        assert api.stop() == 0
+    flags += [f"--fine-tuned-dir={tmp_path / 'none'}"]
+    app, _ = classify_api.build(classify_api.parse_arguments(flags), pytest.fail)
+    with TestClient(app) as api:
+        until = time.monotonic() + 120
+        while api.get("/ready").status_code != 200:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        answer = api.get("/classify", params={"text": CONTROL}).json()
+        models = api.get("/models").json()
     local = classifier.classify(CONTROL)
     mine = answer["raw_probability"] * answer["label_mass"]
     assert mine == pytest.approx(local.confidence, abs=TOLERANCE)

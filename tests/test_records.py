@@ -26,6 +26,7 @@ from records import (
     ModelResults,
     Prediction,
     atomic_path,
+    changed_packages,
     label_probabilities,
     load_held_out,
     load_results,
@@ -360,6 +361,14 @@ def test_held_out_rows_survive_their_file(tmp_path):
 def test_versions_are_those_of_this_interpreter():
     assert versions()["python"] == ".".join(map(str, sys.version_info[:3]))
     assert versions()["numpy"] == np.__version__
+
+
+def test_changed_packages_are_named_with_both_versions():
+    assert changed_packages(versions()) == ""
+    assert changed_packages({}) == ""  # of a result that kept none
+    older = versions() | {"python": "3.9.1", "numpy": "1.0", "peft": "0.1"}
+    now = versions()
+    assert changed_packages(older) == f"peft 0.1 → {now['peft']}, numpy 1.0 → {now['numpy']}"
 
 
 # A real cache and the document that describes it

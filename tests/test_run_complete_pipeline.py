@@ -46,13 +46,13 @@ def environment():
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::RuntimeWarning"}
 
 
-def run_pipeline(*arguments):
+def run_pipeline(*arguments, **variables):
     return subprocess.run(
         [sys.executable, SCRIPT, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=300,
-        env=environment(),
+        env=environment() | variables,
     )
 
 
@@ -215,10 +215,14 @@ output_dir = '{output}'
     }
 
     started = time.perf_counter()
-    second = run_pipeline(*command)
+    second = run_pipeline(*command, PYTHONPROFILEIMPORTTIME="1")  # of every stage, on stderr
     assert second.returncode == 0
     assert second.stdout.count("up to date") == 3
     assert time.perf_counter() - started < first_sec / 2
+    imported = {line.rpartition("|")[2].strip() for line in second.stderr.splitlines()}
+    assert {"fine_tune_model", "generate_evaluation_cache", "dataset_loader"} & imported
+    heavy = {"torch", "transformers", "peft", "accelerate", "sklearn", "matplotlib"}
+    assert heavy & imported == set()
     closing = first.stdout.index("test rows:"), second.stdout.index("test rows:")
     tables = [
         run.stdout[start : run.stdout.index("seconds:")]
