@@ -36,6 +36,7 @@ LONGEST = (
     "test_logprobs_confidence",
     "test_classify_server",
     "test_openai_backend",
+    "test_model_process",
     "test_logprob_demo_cli",
     "test_calibration_metrics",
     "test_classify_cli",
