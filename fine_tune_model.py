@@ -345,6 +345,8 @@ def add_adapter(classifier, training, resume_from=None):
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 
+    from engine import use_feature_dropout
+
     model = classifier.model
     large = model.num_parameters() >= 1e9
     if classifier.settings.quantization != "none":
@@ -359,7 +361,9 @@ def add_adapter(classifier, training, resume_from=None):
     if classifier.device == "cpu":
         model.set_attn_implementation("eager")  # the CPU's fused attention is slow backwards
     if resume_from is not None:
-        return PeftModel.from_pretrained(model, resume_from, is_trainable=True)
+        adapted = PeftModel.from_pretrained(model, resume_from, is_trainable=True)
+        use_feature_dropout(adapted)
+        return adapted
     targets = training.target_modules
     if targets == "all-linear+embeddings":
         embedding = model.get_input_embeddings()
@@ -376,7 +380,7 @@ def add_adapter(classifier, training, resume_from=None):
                 )
     torch.manual_seed(training.train_seed)
     try:
-        return get_peft_model(
+        adapted = get_peft_model(
             model,
             LoraConfig(
                 task_type="CAUSAL_LM",
@@ -391,6 +395,8 @@ def add_adapter(classifier, training, resume_from=None):
             f"cannot add the adapter ({str(error).splitlines()[0][:200]}); check --rank, "
             "--dropout and --target-modules"
         ) from error
+    use_feature_dropout(adapted)
+    return adapted
 
 
 def linear_layer_names(model):

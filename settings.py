@@ -423,7 +423,7 @@ class TrainingSettings:
 
     rank: int = setting(8, "LoRA rank")
     alpha: int = setting(16, "LoRA alpha; the update is scaled by alpha / rank")
-    dropout: float = setting(0.1, "LoRA dropout, 0 to 1")
+    dropout: float = setting(0.1, "LoRA dropout, of features of a whole text, 0 to 1")
     target_modules: str | None = setting(
         None,
         "modules that get an adapter: all-linear, all-linear+embeddings, or names joined by commas "

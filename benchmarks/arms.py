@@ -423,6 +423,7 @@ def reference_fine_tuning(folder, n_rows, accumulation=16):
     added up, activations computed again at the backward pass."""
     import torch
 
+    from engine import FeatureDropout
     from fine_tune_model import AnswerBatches
 
     classifier = classifier_of(folder)
@@ -430,6 +431,9 @@ def reference_fine_tuning(folder, n_rows, accumulation=16):
     training = lora(classifier)
     model = classifier.model.train()
     model.set_attn_implementation(attention)  # what transformers chooses
+    for module in model.modules():
+        if isinstance(module, FeatureDropout):
+            module.__class__ = torch.nn.Dropout  # what PEFT chooses
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
     optimizer, trained = optimizer_of(model, training)

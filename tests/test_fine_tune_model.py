@@ -18,11 +18,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import fine_tune_model
 from calibration import PlattScalingCalibrator
 from conftest import ARCHITECTURES
 from dataset_loader import load_splits
+from engine import FeatureDropout
 from fine_tune_model import (
     AnswerBatches,
     Checkpoint,
@@ -313,8 +315,6 @@ COLLIDING = Task(
 
 def plain_loss(model, encoder, examples):
     """The definition: one unpadded text at a time, the whole softmax, the first answer word."""
-    import torch
-
     names = encoder.task.label_names
     losses = []
     for e in examples:
@@ -347,8 +347,6 @@ def test_answer_loss_is_the_mean_of_plain_forward_passes_whatever_the_padding(cl
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_sharing_the_prompt_leaves_the_gradients_as_they_are(tiny_model_folder, name):
-    import torch
-
     model = ModelSettings(str(tiny_model_folder(name)), device="cpu")
     classifier = TransformerLogprobsClassifier(model)
     training = TrainingSettings(rank=4, dropout=0.0, target_modules="all-linear").for_model(1e6)
@@ -519,8 +517,6 @@ def formula(objective, z, labels, true, truth=None):
 @pytest.mark.parametrize("k", [2, 4])
 @pytest.mark.parametrize("objective", ["label-smoothing", "focal", "brier"])
 def test_losses_and_their_gradients_are_those_worked_out_by_hand(objective, k):
-    import torch
-
     rng = np.random.default_rng(k)
     row_loss, parameters = {
         "label-smoothing": (label_smoothing_loss, (0.1,)),
@@ -580,8 +576,6 @@ def drawn_batch(classifier):
 
 def plain_label_logprobs(model, batch):
     """(B, K) by the definition: every word of every row by itself, unpadded, float64 sums."""
-    import torch
-
     table = []
     for row in batch:
         table.append([])
@@ -630,8 +624,6 @@ def test_every_objective_is_the_mean_of_what_single_rows_give(classifier, task, 
 
 
 def test_soft_targets_are_those_of_platt_scaling_and_know_nothing_of_the_label(classifier):
-    import torch
-
     siblings = tuple(p_true_siblings(classifier).values())
     batch = drawn_batch(classifier)
     logprobs = label_logprobs(classifier.model, batch).detach()
@@ -658,8 +650,6 @@ def test_soft_targets_are_those_of_platt_scaling_and_know_nothing_of_the_label(c
 def test_sharing_the_prompt_leaves_the_gradients_of_every_objective_as_they_are(
     tiny_model_folder, task, objective
 ):
-    import torch
-
     model = ModelSettings(str(tiny_model_folder("llama")), device="cpu")
     classifier = TransformerLogprobsClassifier(model, task=task)
     training = TrainingSettings(
@@ -735,6 +725,36 @@ def test_every_objective_gives_an_adapter_of_its_own(tmp_path, tiny_csv, referen
     assert own <= set(metrics["settings"]) and not others & set(metrics["settings"])
     weights, plain = adapter_weights(tmp_path), adapter_weights(reference)
     assert any((weights[name] != plain[name]).any() for name in plain)
+
+
+def test_dropout_drops_features_of_a_whole_row():
+    dropout = FeatureDropout(0.25)
+    torch.manual_seed(0)
+    kept = dropout(torch.ones(40, 7, 50))
+    assert kept.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert (kept == kept[:, :1]).all()  # at all positions alike
+    assert (kept[0] != kept[1]).any()  # another mask for another row
+    assert kept.mean() == pytest.approx(1, abs=0.05)
+    tokens = dropout(torch.ones(40, 50))
+    assert tokens.shape == (40, 50) and (tokens[0] != tokens[1]).any()
+    dropout.eval()
+    assert (dropout(torch.ones(2, 3, 4)) == 1).all()
+
+
+def test_training_drops_features_and_the_adapter_on_disk_is_a_plain_one(tmp_path):
+    classifier = TransformerLogprobsClassifier(MODEL)
+    training = TrainingSettings(rank=4, dropout=0.2).for_model(7e6)
+    model = fine_tune_model.add_adapter(classifier, training)
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p]
+    assert layers and all(type(m) is FeatureDropout and m.p == 0.2 for m in layers)
+    fine_tune_model.save_adapter(model, tmp_path)
+    again = fine_tune_model.add_adapter(
+        TransformerLogprobsClassifier(MODEL), training, resume_from=tmp_path
+    )
+    assert sum(type(m) is FeatureDropout for m in again.modules()) == len(layers)
+    loaded = TransformerLogprobsClassifier(MODEL, tmp_path)
+    layers = [m for m in loaded.model.modules() if isinstance(m, torch.nn.Dropout) and m.p]
+    assert layers and all(type(m) is torch.nn.Dropout and m.p == 0.2 for m in layers)
 
 
 def test_only_the_adapter_gets_gradients():
