@@ -14,6 +14,7 @@ import httpx2 as httpx
 import psutil
 import pytest
 
+import classify_api
 from api_server import ServerProcess
 from settings import ROOT
 
@@ -316,16 +317,6 @@ def test_the_page_and_its_picture_fit_the_screen(server, browser, width):
 # Starting and stopping
 
 
-def run_server(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, ROOT / "classify_api.py", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, **environment},
-    )
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -334,25 +325,39 @@ def run_server(*arguments, **environment):
         (["--log", "everything"], "--log must be requests or texts"),
         (["--host", "192.0.2.1"], "cannot listen on 192.0.2.1"),
         (["--task", "nothing"], "cannot read the task"),
-        (["--model", "no/such/folder/", "--port", "0"], "cannot"),
     ],
 )
-def test_a_server_that_cannot_start_says_why_in_one_line(arguments, message):
-    result = run_server(*arguments)
-    assert result.returncode == 1
-    last = result.stderr.rstrip().split("\n")[-1]
-    assert last.startswith("error: ") and message in last
-    assert "Traceback" not in result.stderr
+def test_a_server_that_cannot_start_says_why_in_one_line(arguments, message, capsys):
+    assert classify_api.main(arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
 
 
-def test_a_port_in_use_and_a_weak_key_are_refused(server):
+def test_a_port_in_use_and_a_weak_key_are_refused(server, monkeypatch, capsys):
     port = server.url.rpartition(":")[2]
-    result = run_server("--port", port)
-    assert result.returncode == 1 and "choose another --port" in result.stderr
-    result = run_server("--port", port, HOWSURE_API_KEY="short")
-    assert result.returncode == 1 and "at least 16" in result.stderr
-    result = run_server(HOWSURE_PORT="many")
-    assert result.returncode == 2 and "invalid int value" in result.stderr
+    assert classify_api.main(["--port", port]) == 1
+    assert "choose another --port" in capsys.readouterr().err
+    monkeypatch.setenv("HOWSURE_API_KEY", "short")
+    assert classify_api.main(["--port", port]) == 1
+    assert "at least 16" in capsys.readouterr().err
+    monkeypatch.setenv("HOWSURE_PORT", "many")
+    with pytest.raises(SystemExit, match="2"):
+        classify_api.main([])
+    assert "invalid int value" in capsys.readouterr().err
+
+
+def test_a_server_whose_model_cannot_be_loaded_ends_and_says_why():
+    result = subprocess.run(
+        [sys.executable, ROOT / "classify_api.py", "--model", "no/such/folder/", "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and "no/such/folder" in last
+    assert result.stderr.count("error: ") == 2 and "ERROR error: " in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_server_ends_with_its_model(tmp_path):

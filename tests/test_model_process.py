@@ -10,7 +10,7 @@ import pytest
 from serving.model_process import ModelProcess
 from serving.models import Catalogue, ServedModel
 from serving.settings import ServingSettings
-from settings import SENTIMENT, ModelSettings, Task, UserError
+from settings import SENTIMENT, ModelSettings, UserError
 
 TEXTS = [f"The film was {word}." for word in ("good", "bad", "long", "short", "loud", "fine")]
 
@@ -66,14 +66,6 @@ def test_an_adapter_that_is_gone_is_reported_for_its_model_alone(process, rows, 
     assert list(failed) == [gone] and isinstance(failed[gone], UserError)
     assert calls == ["idle"] and process.loaded == () and process.failed == {}
     assert process.prepare([base], lambda: calls.append("idle")) == {} and calls == ["idle"]
-
-
-def test_a_model_that_cannot_be_loaded_raises_and_is_no_end():
-    ended = []
-    task = Task("sentiment", SENTIMENT.question, SENTIMENT.labels)
-    with pytest.raises(UserError, match="no/such/folder"):
-        ModelProcess(ModelSettings(model="./no/such/folder"), task, 2, ended.append)
-    assert ended == []
 
 
 def test_the_process_ends_with_the_pipe(process, rows, ended):
