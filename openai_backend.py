@@ -90,9 +90,6 @@ class Requests:
         """None: what prompts share is the server's matter."""
         return None
 
-    def logits(self, *_):
-        raise UserError("a server does not give the logits of all tokens; ask a model that is here")
-
     def run(self, sequences, prefix, score):
         """As `engine.Engine.run`; a batch is one prompt."""
 

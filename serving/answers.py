@@ -157,11 +157,15 @@ class BatchAnswer(BaseModel):
 class Token(BaseModel):
     """A row of the next-token distribution; `token` is quoted so that spaces and bytes show."""
 
-    rank: int
-    token_id: int
+    rank: int | None = Field(description="null where the model's server does not name the token")
+    token_id: int | None = Field(description="null where the model's server does not tell")
     token: str
     logprob: float | None = Field(description="nats; null where the probability is 0")
     probability: Share
+    bound: bool = Field(
+        description="whether the probability is the most that it can be: the model's server names "
+        "its most probable tokens alone"
+    )
 
 
 class ConsistencyAnswer(BaseModel):
@@ -321,13 +325,14 @@ def answer_to(model, prediction, latency_sec):
 
 
 def token_row(token):
-    logprob = token.logprob if np.isfinite(token.logprob) else None
+    logprob = token.logprob if token.probability > 0 else None
     return Token(
         rank=token.rank,
         token_id=token.token_id,
         token=token.token,
         logprob=logprob,
         probability=min(1.0, token.probability),
+        bound=token.bound,
     )
 
 

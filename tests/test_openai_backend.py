@@ -459,10 +459,17 @@ def test_the_api_answers_with_a_model_on_a_server(serve, classifier, tmp_path):
             assert time.monotonic() < until
             time.sleep(0.05)
         answer = api.get("/classify", params={"text": CONTROL}).json()
+        shown = api.post("/explain", json={"text": CONTROL, "top_k": 3}).json()
         models = api.get("/models").json()
     local = classifier.classify(CONTROL)
     mine = answer["raw_probability"] * answer["label_mass"]
     assert mine == pytest.approx(local.confidence, abs=TOLERANCE)
     assert answer["label"] == local.predicted
+    expected = classifier.explain(CONTROL, 3)
+    assert [t["token_id"] for t in shown["top"]] == [t.token_id for t in expected.top]
+    for name, tokens in shown["words"].items():
+        found = [t["probability"] for t in tokens]
+        assert found == pytest.approx([t.probability for t in expected.words[name]], abs=TOLERANCE)
+        assert not any(t["bound"] for t in tokens)
     assert (models["device"], models["dtype"]) == ("server", "of the server")
     assert "give the adapter to that server" in models["models"][1]["reason"]
