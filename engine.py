@@ -236,18 +236,32 @@ def prune_last_layer(model, prompts, tolerance):
     return problem
 
 
-class OneForward(torch.nn.Module):
-    """A model and a loss that sends two batches through it, as one module with one forward pass.
+def divide_layers(model, processes):
+    """Divide the frozen weights of the decoder layers among the processes; the share of this one.
 
-    Several processes wrap this instead of the model: gradients are then exchanged once.
+    A layer's weights are gathered when it computes and given back afterwards, so that all processes
+    must send batches through the model equally often. What is trained stays whole in each. Raises
+    UserError for a model that does not name its layers.
+    Source: FSDP 2, torch.distributed.fsdp.fully_shard.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
-    def __init__(self, model, loss):
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, *arguments):
-        return self.loss(self.model, *arguments)
+    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    layers = [module for module in model.modules() if type(module).__name__ in kinds]
+    if not layers:
+        raise UserError(
+            f"{type(model).__name__} does not name its layers, so FSDP cannot divide them; launch "
+            "with --multi_gpu"
+        )
+    mesh = init_device_mesh(model.device.type, (processes,))
+    for layer in layers:
+        trained = {p for p in layer.parameters() if p.requires_grad}
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+        layer.unshard()  # for once outside of inference mode, whose tensors training cannot use
+        layer.reshard()
+    divided = [p for layer in layers for p in layer.parameters() if not p.requires_grad]
+    return sum(p.to_local().numel() for p in divided) / sum(p.numel() for p in divided)
 
 
 class FeatureDropout(torch.nn.Dropout):
@@ -348,7 +362,10 @@ class Engine:
     check() → why the model cannot share prefixes, or None: called once, before the first is needed.
     workers: batches scored at the same time, each with `threads` threads of the CPU.
     budget: tokens of a batch, padding included; a longer row is a batch of its own.
+    in_step: whether other processes wait for this one to send the same batches.
     """
+
+    in_step = False
 
     def __init__(self, model, check, batch_tokens=None):
         self.model, self._check, self._prefixes = model, check, {}
@@ -396,7 +413,7 @@ class Engine:
 
         score(sequences, prefix): the result of a batch, a list with one item a row. Rows that begin
         otherwise than the prefix are scored without it, in batches of their own. A batch for which
-        memory does not suffice is halved, and so is the budget from then on.
+        memory does not suffice is halved, and so is the budget from then on; not in step.
         """
         share = [prefix is not None and prefix.begins(ids) for ids in sequences]
         work = partial(self._score, sequences, score)
@@ -418,6 +435,11 @@ class Engine:
                 yield from done
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def divide(self, processes, budget):
+        """`divide_layers` of the model; from now on in step, with batches of the same budget."""
+        self.in_step, self.workers, self.budget = True, 1, budget
+        return divide_layers(self.model, processes)
 
     def _batches(self, lengths):
         """Row numbers, longest first, in batches within the budget; enough for every worker.
@@ -452,6 +474,10 @@ class Engine:
                 raise UserError(
                     f"out of memory with a prompt of {len(sequences[rows[0]])} tokens; lower "
                     "--max-tokens or use --quantization 4bit"
+                ) from error
+            if self.in_step:
+                raise UserError(
+                    f"out of memory with {len(rows)} prompts at a time; lower --batch-tokens"
                 ) from error
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -299,6 +299,7 @@ def training_loss(training, classifier, share):
 def validate(classifier, examples, accelerator, fit_platt=False):
     """Validation numbers of the current adapter; the rows are divided over the processes.
 
+    Processes that go in step score all rows each: what they score must be the same.
     fit_platt: with "validation_platt", Platt scaling fitted on these rows, as JSON.
     """
     import numpy as np
@@ -308,7 +309,9 @@ def validate(classifier, examples, accelerator, fit_platt=False):
     from calibration_metrics import expected_calibration_error, log_loss
     from records import label_probabilities
 
-    mine = list(range(accelerator.process_index, len(examples), accelerator.num_processes))
+    mine = range(accelerator.process_index, len(examples), accelerator.num_processes)
+    if classifier.engine.in_step:
+        mine = range(len(examples))
     classifier.model.eval()
     predictions = classifier.classify_batch([examples[i].text for i in mine])
     classifier.model.train()
@@ -511,29 +514,51 @@ def patience_is_over(history, patience):
     return best is not None and sum(h["step"] > best["step"] for h in history) >= patience
 
 
-def train(accelerator, classifier, splits, training, checkpoint):
-    """Train the adapter; returns (history, stopped early). Every process calls this."""
+def average_gradients(accelerator, parameters):
+    """Replace the gradients by their mean over the processes; none counts as zero."""
     import torch
+
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = part.view_as(p)
+
+
+def train(accelerator, classifier, splits, training, checkpoint, divided=False):
+    """Train the adapter; returns (history, stopped early). Every process calls this.
+
+    divided: whether the processes divide the layers of the model among themselves.
+    """
+    import torch
+    from accelerate.utils import gather_object
     from tqdm import tqdm
 
     from calibration import PlattScalingCalibrator
-    from engine import OneForward
 
     state = checkpoint.read()
     model = add_adapter(classifier, training, checkpoint.last if state else None)
     classifier.model = model
+    world, rank = accelerator.num_processes, accelerator.process_index
+    if divided:
+        share = classifier.engine.divide(world, min(gather_object([classifier.engine.budget])))
+        accelerator.print(
+            f"FSDP: of the layers' weights in this process: {share:.0%}", file=sys.stderr
+        )
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trainable, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
     )
     # Gradient checkpointing computes layers again at the backward pass and has no cache to share.
-    share = classifier.engine.shares_prefix and not model.is_activation_checkpointing
-    loss_of = OneForward(model, training_loss(training, classifier, share))
-    wrapped = accelerator.prepare(loss_of) if accelerator.num_processes > 1 else loss_of
+    # In step, a batch of one row, which has no prefix to share, would be one forward pass short.
+    share = (
+        classifier.engine.shares_prefix
+        and not model.is_activation_checkpointing
+        and not classifier.engine.in_step
+    )
+    loss_of = training_loss(training, classifier, share)
     batches = AnswerBatches(
         classifier.encoders, splits["train"], training.batch_size, training.train_seed
     )
-    world, rank = accelerator.num_processes, accelerator.process_index
     per_epoch = math.ceil(len(batches.epoch(0)) / (world * training.accumulation))
     total = per_epoch * training.epochs
     passes = training.epochs * training.evaluations_per_epoch
@@ -567,16 +592,15 @@ def train(accelerator, classifier, splits, training, checkpoint):
         torch.manual_seed((training.train_seed << 32) + (step << 8) + rank)  # dropout
         for k in range(training.accumulation):
             position = (offset * training.accumulation + k) * world + rank
-            batch = order[position % len(order)]
-            last = k == training.accumulation - 1
-            with accelerator.no_sync(wrapped) if not last and world > 1 else torch.enable_grad():
-                loss = wrapped(batch, calibrator)
-                (loss / training.accumulation).backward()
+            loss = loss_of(model, order[position % len(order)], calibrator)
+            (loss / training.accumulation).backward()
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise UserError(
                     f"the training loss is {losses[-1]} at step {step + 1}; lower --learning-rate"
                 )
+        if world > 1:
+            average_gradients(accelerator, trainable)
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -665,7 +689,7 @@ def fine_tune(task, model, data, training, output, force=False):
     )
 
     check_training(training)
-    check_launch()
+    divided = divides_the_model(model)
     examples = load_splits(data, task)
     data_print = data_fingerprint(examples)
     run_print = training_fingerprint(data_print, task, model_fingerprint(model), training)
@@ -690,7 +714,7 @@ def fine_tune(task, model, data, training, output, force=False):
         checkpoint.remove()
     accelerator.wait_for_everyone()
     try:
-        history, stopped = train(accelerator, classifier, splits, filled, checkpoint)
+        history, stopped = train(accelerator, classifier, splits, filled, checkpoint, divided)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -727,14 +751,27 @@ def fine_tune(task, model, data, training, output, force=False):
     return "trained"
 
 
-def check_launch():
-    """Raises UserError where `accelerate launch` divides the model itself among the processes."""
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+def divides_the_model(model):
+    """Whether `accelerate launch` asks for FSDP: the processes divide the model.
+
+    accelerate itself is kept from it: it would divide the adapter and the optimizer as well. Raises
+    UserError for other ways to divide a model, and for weights that cannot be divided.
+    """
+    asked = {
+        name: os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+        for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+    }
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
+        if asked[name]:
+            raise UserError(f"{name} is not supported; launch with --use_fsdp or --multi_gpu")
+    if asked["FSDP"]:
+        if model.quantization != "none":
             raise UserError(
-                f"{name} divides the model among processes, which this training does not do; "
-                "launch with --multi_gpu, and where the model does not fit use --quantization 4bit"
+                "FSDP does not divide quantised weights; launch with --multi_gpu or leave out "
+                "--quantization"
             )
+        del os.environ["ACCELERATE_USE_FSDP"]
+    return asked["FSDP"] and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def check_training(training):

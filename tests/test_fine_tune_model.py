@@ -24,7 +24,7 @@ import fine_tune_model
 from calibration import PlattScalingCalibrator
 from conftest import ARCHITECTURES
 from dataset_loader import load_splits
-from engine import FeatureDropout
+from engine import FeatureDropout, divide_layers
 from fine_tune_model import (
     AnswerBatches,
     Checkpoint,
@@ -32,6 +32,7 @@ from fine_tune_model import (
     answer_loss,
     brier_loss,
     confidence_rows,
+    divides_the_model,
     fine_tune,
     focal_loss,
     label_logprobs,
@@ -185,17 +186,24 @@ def test_training_never_runs_in_float16():
         training_dtype("float16", "cpu")
 
 
-def test_a_launch_that_divides_the_model_is_refused(tmp_path):
-    """As `accelerate launch --use_fsdp` says it, in a process of its own."""
-    result = subprocess.run(
-        [sys.executable, ROOT / "fine_tune_model.py", "--output-dir", tmp_path],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "ACCELERATE_USE_FSDP": "true"},
-    )
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: FSDP divides the model") and "4bit" in result.stderr
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    ("name", "quantization", "message"),
+    [("DEEPSPEED", "none", "--use_fsdp"), ("FSDP", "4bit", "does not divide quantised")],
+)
+def test_a_launch_that_cannot_be_served_is_refused(monkeypatch, name, quantization, message):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(UserError, match=message):
+        divides_the_model(replace(MODEL, quantization=quantization))
+
+
+def test_fsdp_is_taken_over_from_accelerate(monkeypatch):
+    assert not divides_the_model(MODEL)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert not divides_the_model(MODEL)  # one process
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert divides_the_model(MODEL)
+    assert "ACCELERATE_USE_FSDP" not in os.environ
 
 
 def test_result_folder_holds_exactly_the_named_files_and_nothing_is_left_beside_it(trained):
@@ -856,18 +864,12 @@ def test_killed_process_leaves_no_result_and_the_same_command_continues(tmp_path
     assert {p.name for p in (tmp_path / "fine_tuned_sentiment_model").iterdir()} == RESULT_FILES
 
 
-def test_two_processes_train_as_one_that_accumulates_two_batches(tmp_path, tiny_csv, monkeypatch):
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    # A checkpoint of one process, whose steps are other steps, lies where the two will run.
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_after_first_checkpoint(patch)
-        train(tmp_path / "two", tiny_csv, dropout=0.0)
-    train(tmp_path / "one", tiny_csv, dropout=0.0, accumulation=2)
+def launch_two(folder, data, **environment):
+    """Train with two processes as torchrun starts them; their two standard errors in one."""
     command = [sys.executable, str(ROOT / "fine_tune_model.py")]
-    command += command_flags(tmp_path / "two", tiny_csv, dropout=0.0)
+    command += command_flags(folder, data, dropout=0.0)
     launched = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # as torchrun does
+    launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | environment
     processes = [
         subprocess.Popen(
             command,
@@ -880,19 +882,125 @@ def test_two_processes_train_as_one_that_accumulates_two_batches(tmp_path, tiny_
     ]
     (out, errors), (other_out, other_errors) = (p.communicate(timeout=180) for p in processes)
     assert [p.returncode for p in processes] == [0, 0], errors + other_errors
-    assert out == f"{tmp_path / 'two' / 'fine_tuned_sentiment_model'}: trained\n"
+    assert out == f"{folder / 'fine_tuned_sentiment_model'}: trained\n"
     assert other_out == ""
-    assert "continuing" not in errors + other_errors
-    expected = result(tmp_path / "one", "training_metrics.json")["history"]
-    history = result(tmp_path / "two", "training_metrics.json")["history"]
-    rows = result(tmp_path / "two", "training_metrics.json")["rows"]["train"]
+    return errors + other_errors
+
+
+def largest_difference(one, two):
+    one, two = adapter_weights(one), adapter_weights(two)
+    assert one.keys() == two.keys()
+    return max(float((one[name] - two[name]).abs().max()) for name in one)
+
+
+@pytest.fixture(scope="module")
+def accumulated(tmp_path_factory, tiny_csv):
+    """The folder of a run of one process that takes two batches a step, without dropout."""
+    folder = tmp_path_factory.mktemp("accumulated")
+    train(folder, tiny_csv, dropout=0.0, accumulation=2)
+    return folder
+
+
+def test_two_processes_train_as_one_that_accumulates_two_batches(
+    tmp_path, tiny_csv, accumulated, monkeypatch
+):
+    # A checkpoint of one process, whose steps are other steps, lies where the two will run.
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after_first_checkpoint(patch)
+        train(tmp_path, tiny_csv, dropout=0.0)
+    errors = launch_two(tmp_path, tiny_csv)
+    assert "continuing" not in errors
+    expected = result(accumulated, "training_metrics.json")["history"]
+    history = result(tmp_path, "training_metrics.json")["history"]
+    rows = result(tmp_path, "training_metrics.json")["rows"]["train"]
     assert history[-1]["step"] == math.ceil(math.ceil(rows / 8) / 2)  # two batches a step
     assert [h["step"] for h in history] == [h["step"] for h in expected]
     for row in history[1:]:
-        assert (errors + other_errors).count(f"step {row['step']}: training loss") == 1
-    one, two = adapter_weights(tmp_path / "one"), adapter_weights(tmp_path / "two")
-    largest = max(float((one[name] - two[name]).abs().max()) for name in one)
-    assert largest < 1e-3
+        assert errors.count(f"step {row['step']}: training loss") == 1
+    assert largest_difference(tmp_path, accumulated) < 1e-3
+
+
+def test_two_processes_that_divide_the_model_train_the_same_adapter(
+    tmp_path, tiny_csv, accumulated
+):
+    errors = launch_two(tmp_path, tiny_csv, ACCELERATE_USE_FSDP="true")
+    assert "of the layers' weights in this process: 50%" in errors
+    history = result(tmp_path, "training_metrics.json")["history"]
+    for row, expected in zip(
+        history, result(accumulated, "training_metrics.json")["history"], strict=True
+    ):
+        assert row["validation_loss"] == pytest.approx(expected["validation_loss"], abs=1e-3)
+    assert largest_difference(tmp_path, accumulated) < 1e-3
+    # The result is an ordinary adapter for one process.
+    classifier = TransformerLogprobsClassifier(
+        MODEL, adapter=tmp_path / "fine_tuned_sentiment_model"
+    )
+    assert classifier.classify("dog").label_mass > 0
+
+
+@pytest.fixture(scope="module")
+def process_group():
+    """The processes among which a model is divided: this one alone."""
+    address = f"tcp://127.0.0.1:{free_port()}"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_divided_model_has_the_gradients_of_the_whole_one(
+    tiny_model_folder, process_group, name, checkpointing
+):
+    """For every architecture, in a group of one process; scoring comes first, as in training."""
+    classifier = TransformerLogprobsClassifier(replace(MODEL, model=str(tiny_model_folder(name))))
+    model = classifier.model = fine_tune_model.add_adapter(
+        classifier, TrainingSettings(dropout=0.0).for_model(1)
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in trained:
+            p.add_(0.1 * torch.randn_like(p))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):  # of GPT-2 itself
+            module.p = 0.0
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    rows = AnswerBatches(classifier.encoders, EXAMPLES, batch_size=8, seed=0).orders[0]
+
+    def probability_and_gradient():
+        model.eval()
+        probability = classifier.classify(EXAMPLES[0].text).label_logprobs
+        model.train()
+        model.zero_grad()
+        answer_loss(model, rows, share=False).backward()
+        return probability, torch.cat([p.grad.flatten() for p in trained])
+
+    probability, gradient = probability_and_gradient()
+    assert classifier.engine.divide(1, classifier.engine.budget) == 1.0
+    assert any(type(p).__name__ == "DTensor" for p in model.parameters())
+    assert not any(type(p).__name__ == "DTensor" for p in trained)
+    divided_probability, divided_gradient = probability_and_gradient()
+    assert divided_probability == pytest.approx(probability, abs=1e-5)
+    assert float((divided_gradient - gradient).norm() / gradient.norm()) < 1e-5
+    assert float(gradient.norm()) > 1e-3
+
+
+def test_a_model_that_does_not_name_its_layers_is_not_divided():
+    with pytest.raises(UserError, match="--multi_gpu"):
+        divide_layers(torch.nn.Linear(2, 2), 1)
+
+
+def test_in_step_a_batch_too_large_is_an_error_and_not_halved(classifier, monkeypatch):
+    """The other processes would wait for batches that never come."""
+    monkeypatch.setattr(classifier.engine, "in_step", True)
+
+    def out_of_memory(sequences, prefix):
+        raise torch.OutOfMemoryError("none left")
+
+    with pytest.raises(UserError, match="--batch-tokens"):
+        list(classifier.engine.run([[1, 2], [1, 3]], None, out_of_memory))
 
 
 # Mistakes and full disks.
