@@ -51,9 +51,12 @@ from settings import (
     resolve_model,
 )
 
-# OpenMP reads this when torch is first imported: threads that wait for each other sleep. Spinning,
-# the default, makes two threads many times slower than one where other programs use the cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP reads these when torch is first imported: threads that wait for each other soon sleep. To
+# spin for long, the default, makes two threads many times slower than one where other programs use
+# the cores; to sleep at once costs a training step half of its time again.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # some tens of microseconds; libgomp alone
 
 # Llama 3.x chat templates print today's date; a fixed one keeps the prompt the same every day.
 TEMPLATE_DATE = "26 Jul 2024"

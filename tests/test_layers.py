@@ -34,6 +34,7 @@ LAYERS = {
     "logprobs_confidence": 2,
     "consistency_confidence": 2,
     "prompted_confidence": 2,
+    "sentence_teacher": 2,
     "charts": 2,
     "run_all_tasks": ENTRY_POINTS,
     "serving": 2,  # a folder: each of its files is of this layer

@@ -2,29 +2,77 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, BertModel, BertTokenizer
 
+from sentence_teacher import SentenceTeacher
 from settings import EMBEDDED_MODEL_DIR, ROOT, SENTIMENT, UserError
 from train_embedded_model import (
     SOURCES,
     EmbeddedTraining,
     TrainingBatches,
+    build_model,
     closing_sentences,
-    fit_teacher,
     learning_rate_share,
     main,
     normalised,
     question_tasks,
+    read_judgements,
     read_rows,
     rejoin,
+    start_from_word_vectors,
+    teach,
     tokenised,
 )
 
 SHARED = ROOT.parent / "shared" / "data"
-OPINIONS = (("a good", 1), ("a bad", 0), ("not good", 0), ("not bad", 1), ("a fine", 1))
+WORDS = ["good", "bad", "fine", "poor", "film", "book", "hotel", "meal", "song"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A random BERT of nine words, as a hub model lies on disk."""
+    folder = tmp_path_factory.mktemp("encoder")
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    vocabulary = {word: number for number, word in enumerate((*special, *WORDS))}
+    BertTokenizer(vocab=vocabulary).save_pretrained(folder)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    BertModel(
+        BertConfig(vocab_size=len(vocabulary), intermediate_size=64, **shape)
+    ).save_pretrained(folder)
+    return folder
+
+
+def opinions(n):
+    """n opinions on films, books, hotels and meals, and whether they are positive."""
+    return [(f"{WORDS[i % 4]} {WORDS[4 + i // 4 % 4]}", float(i % 2 == 0)) for i in range(n)]
+
+
+def corpus():
+    """Texts to ask about: per source one with its label, one too long, one without a label."""
+    return [
+        [(f"good {word}", 1.0), ("bad film " * 40, 0.0), ("meal", None)]
+        for word in WORDS[: len(SOURCES)]
+    ]
+
+
+@pytest.fixture(scope="module")
+def judged(encoder, tmp_path_factory):
+    """A folder with a teacher and its judgements of `corpus()`."""
+    root = tmp_path_factory.mktemp("data")
+    (root / "sst2").mkdir()
+    (root / "sst2/dev.jsonl").write_text(
+        '{"text": "a good film", "label": "positive"}\n', encoding="utf-8"
+    )
+    folder = root / "teacher"
+    teach([[*r[:2], ("meal", 0.5)] for r in corpus()], str(encoder), root, folder, seed=1)
+    teach(corpus(), str(encoder), root, folder, seed=1)  # the fitted encoder is kept
+    return folder
 
 
 def test_tokenised_texts_are_written_as_a_person_would():
@@ -49,11 +97,73 @@ def test_tokenised_is_undone_by_rejoin():
     assert rejoin(tokenised(text)) == text
 
 
-def test_the_teacher_learns_words_and_their_negation():
-    rows = [(f"{a} {n}", float(p)) for n in ("film", "book", "hotel", "meal") for a, p in OPINIONS]
-    teacher = fit_teacher(rows * 5)
-    good, bad, not_good = teacher(["a good song", "a bad song", "It's not good."])
-    assert good > 0.8 and bad < 0.2 and not_good < 0.5
+def test_the_teacher_learns_words_and_is_kept(encoder, tmp_path):
+    torch.manual_seed(0)
+    teacher = SentenceTeacher(str(encoder))
+    teacher.fit(opinions(20_000), seed=3)
+    texts = ["bad song", "good song", "poor poor song song song", "fine"]
+    positive, embeddings = teacher.judge(texts)
+    assert (positive > 0.5).tolist() == [False, True, False, True]
+    assert embeddings.shape == (4, 32)
+    teacher.save(tmp_path)
+    again = SentenceTeacher.load(tmp_path).judge(texts[:1])  # alone as among others
+    assert again[0] == pytest.approx(positive[:1], abs=5e-3)
+    assert again[1] == pytest.approx(embeddings[:1], abs=3e-2)
+
+
+def test_word_vectors_are_those_of_the_pieces(encoder):
+    teacher = SentenceTeacher(str(encoder))
+    table = teacher.encoder.get_input_embeddings().weight.detach().numpy()
+    good, pair, unknown, empty = teacher.word_vectors(["Good", "good film", "zebra", ""])
+    assert good == pytest.approx(table[5])
+    assert pair == pytest.approx((table[5] + table[9]) / 2)
+    assert not unknown.any() and not empty.any()
+
+
+def test_a_teacher_that_is_not_there_is_one_clear_error(tmp_path):
+    with pytest.raises(UserError, match="--teacher FOLDER"):
+        SentenceTeacher(str(tmp_path))
+
+
+def test_judgements_are_mixed_with_labels(judged):
+    config = EmbeddedTraining(label_share=0.5, meaning_size=3)
+    asked, meanings, known, accuracy = read_judgements(corpus(), judged, config)
+    assert known.tolist() == [True, False, True] * len(SOURCES) and accuracy in (0, 1)
+    assert meanings[known].astype(float).mean(0) == pytest.approx(0, abs=1e-2)
+    assert np.cov(meanings[known].T.astype(float), bias=True) == pytest.approx(np.eye(3), abs=1e-2)
+    assert not meanings[~known].any()
+    alone = read_judgements(corpus(), judged, replace(config, label_share=0.0))[0]
+    for rows, taught in zip(asked, alone, strict=True):
+        assert rows[0][1] == pytest.approx((1 + taught[0][1]) / 2) and rows[0][1] > 0.5
+        assert rows[1][1] == taught[1][1] == 0.0  # too long for the teacher
+        assert rows[2][1] == taught[2][1] and 0 < rows[2][1] < 1  # no label
+
+
+def test_judgements_of_other_texts_are_refused(judged, tmp_path):
+    with pytest.raises(UserError, match="belongs to other texts"):
+        read_judgements(corpus()[1:], judged, EmbeddedTraining())
+    with pytest.raises(UserError, match="--teacher-only"):
+        read_judgements(corpus(), tmp_path, EmbeddedTraining())
+
+
+def test_word_vectors_start_the_embedding(encoder):
+    """Tokens that are words begin as like each other as their words are; the others at random."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL_DIR)
+    config = EmbeddedTraining(hidden_size=32, layers=1, heads=2, feed_forward=32)
+    model, teacher = build_model(tokenizer, config), SentenceTeacher(str(encoder))
+    start_from_word_vectors(model, tokenizer, teacher, config)
+    table = model.get_input_embeddings().weight.detach().numpy()
+    names = [tokenizer.decode([i]).strip().lower() for i in range(config.vocab_size)]
+    ids = [i for i, name in enumerate(names) if name in WORDS]
+    wanted = teacher.word_vectors([names[i] for i in ids])
+    wanted -= wanted.mean(0)
+    assert len(ids) > len(WORDS)  # "good", " good", " Good"
+    assert (
+        np.corrcoef((table[ids] @ table[ids].T).ravel(), (wanted @ wanted.T).ravel())[0, 1] > 0.99
+    )
+    assert table.std() == pytest.approx(config.embedding_scale, rel=0.1)
 
 
 def test_questions_hold_negated_ones_and_the_default_task():
@@ -71,6 +181,11 @@ def test_learning_rate_rises_then_falls():
     assert np.argmax(rates) in (99, 100) and rates[-1] < 0.03 * max(rates)
 
 
+def without_teacher(asked):
+    n = sum(map(len, asked))
+    return np.zeros((n, 4), dtype=np.float16), np.zeros(n, dtype=bool)
+
+
 def test_batches_are_a_pure_function_of_seed_step_and_rank():
     from transformers import AutoTokenizer
 
@@ -83,13 +198,16 @@ def test_batches_are_a_pure_function_of_seed_step_and_rank():
     }
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL_DIR)
     config = EmbeddedTraining(steps=10)
-    first, second = (TrainingBatches(tokenizer, asked, plain, config) for _ in range(2))
+    meanings, known = without_teacher(asked)
+    first, second = (
+        TrainingBatches(tokenizer, asked, plain, meanings, known, config) for _ in range(2)
+    )
     for step in (0, 9):
         for a, b in zip(first.questions(step, 0), second.questions(step, 0), strict=True):
             assert a.tolist() == b.tolist()
         assert first.plain_text(step, 0).tolist() == second.plain_text(step, 0).tolist()
     assert first.plain_text(0, 0).tolist() != first.plain_text(0, 1).tolist()
-    prefix, tails, last, answers, targets = first.questions(0, 0)
+    prefix, tails, last, answers, targets, *_ = first.questions(0, 0)
     assert prefix.shape[0] == 1 and answers.tolist() in first.answers
     assert torch.allclose(targets.sum(1), torch.ones(len(tails)))
     for row, position, target in zip(tails, last, targets, strict=True):
@@ -109,13 +227,19 @@ def test_a_text_is_answered_as_probably_as_it_is_positive():
     ]
     plain = {"lm_text/imdb_unsup.txt.gz": ["text " * 400], "lm_text/gutenberg_novels.txt.gz": []}
     config = EmbeddedTraining(steps=20, word_dropout=0.0, negated_from=0.0)
-    batches = TrainingBatches(tokenizer, asked, plain | {"labelled": []}, config)
+    meanings, known = without_teacher(asked)
+    meanings += np.repeat(np.arange(len(SOURCES)), 5)[:, None]  # the number of the source
+    batches = TrainingBatches(tokenizer, asked, plain | {"labelled": []}, meanings, ~known, config)
     seen = set()
     for step in range(20):
-        _, tails, _, _, targets = batches.questions(step, 0)
-        for row, target in zip(tails.tolist(), targets, strict=True):
+        questions = batches.questions(step, 0)
+        assert questions.known.all()
+        for row, target, meaning in zip(
+            questions.tails.tolist(), questions.targets, questions.meanings, strict=True
+        ):
             number = int(re.search(r"Source (\d)", tokenizer.decode(row))[1])
             assert float(target[:3].sum()) == pytest.approx(share[number])
+            assert meaning.tolist() == [number] * 4
             seen.add(number)
     assert seen == set(range(len(SOURCES)))
 
