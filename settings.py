@@ -430,7 +430,7 @@ class TrainingSettings:
         "(default: all-linear+embeddings below 1 billion parameters, else all-linear)",
     )
     learning_rate: float | None = setting(
-        None, "peak learning rate (default: 2e-3 below 1 billion parameters, else 2e-4)"
+        None, "peak learning rate (default: 1e-3 below 1 billion parameters, else 2e-4)"
     )
     epochs: int = setting(2, "passes over the training rows")
     batch_size: int | None = setting(
@@ -470,7 +470,7 @@ class TrainingSettings:
         """These settings with what was left open filled in for a model of so many parameters."""
         large = parameters >= 1e9
         filled = {
-            "learning_rate": 2e-4 if large else 2e-3,
+            "learning_rate": 2e-4 if large else 1e-3,
             "batch_size": 4 if large else 32,
             "accumulation": 4 if large else 1,
             "target_modules": "all-linear" if large else "all-linear+embeddings",
