@@ -33,7 +33,7 @@ EXAMPLES = {  # block: the command whose output it is
         "logprob_demo_cli.py",
         "An absolutely wonderful film, I loved every minute of it.",
     ],
-    "unsure": ["logprob_demo_cli.py", "Best worst thing ever"],
+    "unsure": ["logprob_demo_cli.py", "The plot makes no sense and I loved it."],
     "temperature": [
         *("logprob_demo_cli.py", "The film was", "--raw-prompt", "--top-k", "4"),
         *("--temperature", "0.5", "--max-new-tokens", "2"),

@@ -98,6 +98,8 @@ class CompletionServer:
                 logits = self.classifier.engine.logits([[*prompt, *generated]])[0]
                 first = logits.log_softmax(-1) if first is None else first
                 generated.append(int(logits.argmax()))
+                if generated[-1] == tokenizer.eos_token_id:
+                    break
         drawn = [generated]
         if body["temperature"] > 0:
             generator = torch.Generator().manual_seed(body.get("seed") or 0)

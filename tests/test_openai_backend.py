@@ -160,7 +160,7 @@ def test_a_word_that_was_not_returned_counts_with_an_upper_bound(serve, classifi
         assert (upper + TOLERANCE >= true).all() and (upper - slack - TOLERANCE <= true).all()
         assert (upper > 0).all() and mine.predicted == theirs.predicted
         bounded += mine.label_slack is not None
-    assert bounded
+    assert bounded or form is OLDER  # twenty tokens may hold every answer word
 
 
 def test_bounds_travel_with_the_prediction(serve):

@@ -457,7 +457,7 @@ def test_presets_resolve_and_other_names_stay_as_they_are():
     ("parameters", "learning_rate", "batch_size", "accumulation", "target_modules"),
     [
         (7_000_000, 1e-3, 32, 1, "all-linear+embeddings"),
-        (999_999_999, 2e-3, 32, 1, "all-linear+embeddings"),
+        (999_999_999, 1e-3, 32, 1, "all-linear+embeddings"),
         (10**9, 2e-4, 4, 4, "all-linear"),
         (8e9, 2e-4, 4, 4, "all-linear"),
     ],
