@@ -3,7 +3,7 @@
     python train_embedded_model.py --data-root DIR    # local copies, one folder a data set
     python train_embedded_model.py                    # the same sets by hub name, `datasets`
     python train_embedded_model.py --data-root DIR --teacher-only             # then two processes:
-    torchrun --nproc_per_node 2 train_embedded_model.py --data-root DIR
+    torchrun --nproc_per_node 2 train_embedded_model.py --data-root DIR --steps 1600
     python train_embedded_model.py --data-root DIR --card-only   # measure, rewrite the card
 
 Every step of a process adds the gradients of one batch of plain text (next-token loss) and one
