@@ -326,9 +326,9 @@ def load_corpus(data_root, seed):
     return asked, plain
 
 
-def short_texts(rows):
-    """The rows that the teacher can learn from and judge."""
-    return [row for row in rows if len(row[0].split()) <= TEACHER_WORDS]
+def is_short(text):
+    """Whether the teacher can learn from a text and judge it."""
+    return len(text.split()) <= TEACHER_WORDS
 
 
 def teach(asked, name, data_root, folder, seed):
@@ -346,14 +346,14 @@ def teach(asked, name, data_root, folder, seed):
         rows = []
         for source, texts in zip(SOURCES, asked, strict=True):
             if source.taught:
-                short = short_texts(texts)
+                short = [row for row in texts if is_short(row[0])]
                 rows += [short[i] for i in rng.permutation(len(short))[: source.taught]]
         torch.manual_seed(seed)
         teacher = SentenceTeacher(name)
         teacher.fit(rows, seed)
         folder.mkdir(parents=True, exist_ok=True)
         teacher.save(encoder)
-    positive, embeddings = teacher.judge([t for rows in asked for t, _ in short_texts(rows)])
+    positive, embeddings = teacher.judge([t for rows in asked for t, _ in rows if is_short(t)])
     dev_texts, dev_positive = zip(*read_rows(data_root, *DEV), strict=True)
     right = (teacher.judge([rejoin(t) for t in dev_texts])[0] > 0.5) == np.array(dev_positive)
     partial = folder / "judgements.partial.npz"
@@ -387,7 +387,7 @@ def read_judgements(asked, folder, config):
     saved = np.load(path)
     if saved["texts"] != corpus_print(asked):
         raise UserError(f"{path} belongs to other texts; remove {folder} to make it again")
-    known = np.array([len(t.split()) <= TEACHER_WORDS for rows in asked for t, _ in rows])
+    known = np.array([is_short(t) for rows in asked for t, _ in rows])
     values = saved["embeddings"].astype(np.float32)
     values -= values.mean(0)
     variances, directions = np.linalg.eigh(values.T @ values / len(values))  # rising
@@ -398,7 +398,7 @@ def read_judgements(asked, folder, config):
     for rows in asked:
         judged.append([])
         for text, label in rows:
-            share = next(positive) if len(text.split()) <= TEACHER_WORDS else label
+            share = next(positive) if is_short(text) else label
             if label is not None:
                 share = config.label_share * label + (1 - config.label_share) * share
             judged[-1].append((text, share))
