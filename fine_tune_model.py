@@ -789,15 +789,14 @@ def check_training(training):
                     f"--{name.replace('_', '-')} is of --objective {objective}, not of "
                     f"{training.objective}; leave one of them out"
                 )
-    positive = ("rank", "alpha", "epochs", "evaluations_per_epoch", "patience")
-    optional = ("learning_rate", "batch_size", "accumulation")
-    for name in positive + optional:
+    positive = ("rank", "alpha", "learning_rate", "epochs", "batch_size", "accumulation")
+    for name in (*positive, "evaluations_per_epoch", "patience"):
         value = getattr(training, name)
-        if not (value is None and name in optional) and not value > 0:
+        if value is not None and not value > 0:  # None: what suits the model
             raise UserError(f"--{name.replace('_', '-')} must be above 0, got {value}")
     for name in ("dropout", "warmup_fraction", "label_smoothing"):
-        if not 0 <= getattr(training, name) < 1:
-            value = getattr(training, name)
+        value = getattr(training, name)
+        if value is not None and not 0 <= value < 1:
             raise UserError(
                 f"--{name.replace('_', '-')} must be at least 0 and below 1, got {value}"
             )

@@ -421,16 +421,22 @@ OBJECTIVES = {
 class TrainingSettings:
     """LoRA fine-tuning. The defaults suit the embedded model; `for_model` adapts them."""
 
-    rank: int = setting(8, "LoRA rank")
-    alpha: int = setting(16, "LoRA alpha; the update is scaled by alpha / rank")
-    dropout: float = setting(0.1, "LoRA dropout, of features of a whole text, 0 to 1")
+    rank: int | None = setting(None, "LoRA rank (default: 64 below 1 billion parameters, else 8)")
+    alpha: int | None = setting(
+        None, "LoRA alpha; the update is scaled by alpha / rank (default: twice the rank)"
+    )
+    dropout: float | None = setting(
+        None,
+        "LoRA dropout, of features of a whole text, 0 to 1 "
+        "(default: 0.3 below 1 billion parameters, else 0.1)",
+    )
     target_modules: str | None = setting(
         None,
         "modules that get an adapter: all-linear, all-linear+embeddings, or names joined by commas "
         "(default: all-linear+embeddings below 1 billion parameters, else all-linear)",
     )
     learning_rate: float | None = setting(
-        None, "peak learning rate (default: 1e-3 below 1 billion parameters, else 2e-4)"
+        None, "peak learning rate (default: 7e-4 below 1 billion parameters, else 2e-4)"
     )
     epochs: int = setting(2, "passes over the training rows")
     batch_size: int | None = setting(
@@ -469,8 +475,12 @@ class TrainingSettings:
     def for_model(self, parameters):
         """These settings with what was left open filled in for a model of so many parameters."""
         large = parameters >= 1e9
+        rank = self.rank or (8 if large else 64)
         filled = {
-            "learning_rate": 2e-4 if large else 1e-3,
+            "rank": rank,
+            "alpha": 2 * rank,
+            "dropout": 0.1 if large else 0.3,
+            "learning_rate": 2e-4 if large else 7e-4,
             "batch_size": 4 if large else 32,
             "accumulation": 4 if large else 1,
             "target_modules": "all-linear" if large else "all-linear+embeddings",

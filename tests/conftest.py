@@ -77,6 +77,18 @@ def shared_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def forked_models():
+    """A server in this process forks the process of its model; only a server in a process of its
+    own starts it as users' servers do."""
+    import serving.model_process
+    from forked_scripts import FORKING
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving.model_process, "get_context", lambda method: FORKING)
+        yield
+
+
+@pytest.fixture(scope="session")
 def classifier():
     """The embedded model with the sentiment task, in float32."""
     from logprobs_confidence import TransformerLogprobsClassifier

@@ -26,7 +26,7 @@ NAMES = ("text", "texts", "model", "model_type", "top_k", "samples", "seed", "pr
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory):
+def app(tmp_path_factory, forked_models):
     empty = tmp_path_factory.mktemp("nothing")
     limits = {"max_text_chars": 2000, "max_body_bytes": 65536, "deadline_sec": 300.0}
     serving = ServingSettings(adapters_dir=str(empty), fine_tuned_dir=str(empty / "no"), **limits)

@@ -101,7 +101,7 @@ def folder(tmp_path_factory, classifier):
 
 
 @pytest.fixture(scope="module")
-def served(folder, classifier):
+def served(folder, classifier, forked_models):
     settings = ServingSettings(
         cache_dir=str(folder / "evaluation"),
         fine_tuned_dir=str(folder / "fine_tuned_sentiment_model"),

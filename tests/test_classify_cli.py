@@ -27,6 +27,7 @@ import ray_engine
 from calibration import PlattScalingCalibrator
 from classify_cli import CHUNK_ROWS, COLUMNS, Unfinished, main, open_table, rounded
 from decisions import ZONES, zone_of
+from forked_scripts import start_script
 from records import SCHEMA_VERSION, write_json
 from settings import ROOT
 
@@ -715,19 +716,15 @@ def test_killed_at_a_random_moment_no_row_is_lost_or_doubled(command, cache_dir,
     whole, made = tmp_path / "whole.csv.gz", tmp_path / "b.csv.gz"
     assert command(f"--file={path}", f"--output={whole}", "--chunk-rows=3") == 0
     flags = f"--file={path}", f"--output={made}", "--chunk-rows=3"
-    process = subprocess.Popen(
-        [sys.executable, "classify_cli.py", *flags, f"--cache-dir={cache_dir}"],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start_script("classify_cli.py", *flags, f"--cache-dir={cache_dir}")
     rng, journal = random.Random(0), Unfinished(made).journal
     wanted = rng.randint(2, 16)
-    while process.poll() is None and lines_of(journal) < wanted:
+    while process.is_alive() and lines_of(journal) < wanted:
         time.sleep(0.001)
     time.sleep(rng.uniform(0, 0.03))
     process.kill()
-    assert process.wait(timeout=600) == -signal.SIGKILL
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not made.exists() and wanted <= lines_of(journal) < KILLED_ROWS / 3
     assert command(*flags) == 0
     assert "continuing after row " in capsys.readouterr().err

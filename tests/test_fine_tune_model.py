@@ -41,6 +41,7 @@ from fine_tune_model import (
     training_dtype,
     training_loss,
 )
+from forked_scripts import start_script
 from generate_evaluation_cache import check_adapter
 from logprobs_confidence import PromptEncoder, TransformerLogprobsClassifier
 from prompted_confidence import p_true_predictions, p_true_siblings
@@ -848,14 +849,14 @@ def test_continued_run_gives_the_same_adapter_as_an_uninterrupted_one(
 
 def test_killed_process_leaves_no_result_and_the_same_command_continues(tmp_path, tiny_csv, capsys):
     flags = command_flags(tmp_path, tiny_csv, batch_size=4, evaluations_per_epoch=6)
-    command = [sys.executable, str(ROOT / "fine_tune_model.py"), *flags]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = start_script("fine_tune_model.py", *flags)
     limit = time.monotonic() + 120
     while not list(tmp_path.glob("checkpoints/*/last/state.json")):
-        assert process.poll() is None and time.monotonic() < limit
+        assert process.is_alive() and time.monotonic() < limit
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "fine_tuned_sentiment_model").exists()
     assert fine_tune_model.main(flags) == 0
     shown = capsys.readouterr()
@@ -866,25 +867,28 @@ def test_killed_process_leaves_no_result_and_the_same_command_continues(tmp_path
 
 def launch_two(folder, data, **environment):
     """Train with two processes as torchrun starts them; their two standard errors in one."""
-    command = [sys.executable, str(ROOT / "fine_tune_model.py")]
-    command += command_flags(folder, data, dropout=0.0)
-    launched = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | environment
+    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    flags = command_flags(folder, data, dropout=0.0)
+    out, errors = (
+        [folder.parent / f"{folder.name}.{n}.{name}" for n in "01"] for name in ("out", "err")
+    )
     processes = [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        start_script(
+            *("fine_tune_model.py", *flags),
+            out=out[rank],
+            err=errors[rank],
+            **environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
     ]
-    (out, errors), (other_out, other_errors) = (p.communicate(timeout=180) for p in processes)
-    assert [p.returncode for p in processes] == [0, 0], errors + other_errors
-    assert out == f"{folder / 'fine_tuned_sentiment_model'}: trained\n"
-    assert other_out == ""
-    return errors + other_errors
+    for process in processes:
+        process.join(180)
+    said = errors[0].read_text() + errors[1].read_text()
+    assert [process.exitcode for process in processes] == [0, 0], said
+    assert out[0].read_text() == f"{folder / 'fine_tuned_sentiment_model'}: trained\n"
+    assert out[1].read_text() == ""
+    return said
 
 
 def largest_difference(one, two):

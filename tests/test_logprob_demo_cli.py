@@ -10,7 +10,6 @@ import pty
 import re
 import shutil
 import struct
-import subprocess
 import sys
 import termios
 from dataclasses import replace
@@ -22,6 +21,7 @@ import logprob_demo_cli
 from calibration import CALIBRATORS
 from comparison import judge_calibrators
 from dataset_loader import load_examples
+from forked_scripts import start_script
 from logprob_demo_cli import (
     WIDTH,
     DemoSettings,
@@ -53,7 +53,6 @@ from openai_server import MODEL_NAME, CompletionServer
 from records import LOW_LABEL_MASS, SCHEMA_VERSION, ModelResults, read_json, write_json
 from settings import (
     EMBEDDED_MODEL_DIR,
-    ROOT,
     SENTIMENT,
     DataSettings,
     Label,
@@ -808,21 +807,17 @@ def open_terminal():
 def in_a_terminal(*arguments):
     """(exit code, output) of the script on a real terminal, as a user would run it."""
     master, slave = open_terminal()
-    variables = {name: v for name, v in os.environ.items() if name != "NO_COLOR"}
-    process = subprocess.Popen(
-        [sys.executable, "logprob_demo_cli.py", *arguments],
-        cwd=ROOT,
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-        env={**variables, "TERM": "xterm"},
+    name = os.ttyname(slave)
+    process = start_script(
+        "logprob_demo_cli.py", *arguments, out=name, err=name, TERM="xterm", NO_COLOR=""
     )
+    process.join(120)
     os.close(slave)
     output = b""
     while chunk := read_terminal(master):
         output += chunk
     os.close(master)
-    return process.wait(timeout=120), output.decode()
+    return process.exitcode, output.decode()
 
 
 def read_terminal(master):

@@ -3,13 +3,14 @@
 import copy
 import json
 import math
+import resource
 import shutil
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -22,6 +23,7 @@ import records
 from conftest import ARCHITECTURES, HYBRID
 from dataset_loader import load_splits
 from engine import Engine, next_token_logits, prune_last_layer, shared_prefix
+from forked_scripts import FORKING
 from logprobs_confidence import (
     PromptEncoder,
     TransformerLogprobsClassifier,
@@ -36,7 +38,6 @@ from logprobs_confidence import (
 from records import write_json
 from settings import (
     EMBEDDED_MODEL_DIR,
-    ROOT,
     SENTIMENT,
     DataSettings,
     Label,
@@ -458,31 +459,21 @@ def test_a_model_spread_over_devices_gives_the_same(classifier):
         assert a.label_logprobs == pytest.approx(b.label_logprobs, abs=1e-5)
 
 
-OUT_OF_MEMORY = """
-import resource, sys
-sys.path.insert(0, {root!r})
-from logprobs_confidence import TransformerLogprobsClassifier
-classifier = TransformerLogprobsClassifier()
-classifier.engine.budget = 20_000  # past the bound that the free memory sets
-texts = [f"{{'very ' * 20}}good, number {{i}}" for i in range(300)]
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 60_000_000, resource.RLIM_INFINITY))
-rows = classifier.classify_batch(texts)
-assert all(row.error is None for row in rows)
-print(classifier.engine.budget)
-"""
+def score_in_little_memory():
+    """The budget of the engine, in tokens, after batches that had to be halved."""
+    classifier = TransformerLogprobsClassifier()
+    classifier.engine.budget = 20_000  # past the bound that the free memory sets
+    texts = [f"{'very ' * 20}good, number {i}" for i in range(300)]
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 60_000_000, resource.RLIM_INFINITY))
+    assert all(row.error is None for row in classifier.classify_batch(texts))
+    return classifier.engine.budget
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the address space")
 def test_a_batch_too_large_for_the_memory_is_halved():
-    done = subprocess.run(
-        [sys.executable, "-c", OUT_OF_MEMORY.format(root=str(ROOT))],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) < 20_000
+    with ProcessPoolExecutor(1, FORKING) as pool:
+        assert pool.submit(score_in_little_memory).result(300) < 20_000
 
 
 def test_fastest_is_a_dtype_that_was_tried(classifier):

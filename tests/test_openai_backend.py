@@ -446,7 +446,7 @@ def test_one_text_by_sampled_answers(serve, capsys):
     assert answer["predicted"] == "positive" and answer["calibrated_confidence"] is None
 
 
-def test_the_api_answers_with_a_model_on_a_server(serve, classifier, tmp_path):
+def test_the_api_answers_with_a_model_on_a_server(serve, classifier, forked_models, tmp_path):
     server = serve()
     flags = ["--backend=openai", f"--base-url={server.url}", f"--model={MODEL_NAME}"]
     flags += ["--tokenizer=embedded", f"--adapters-dir={tmp_path}"]

@@ -453,33 +453,47 @@ def test_presets_resolve_and_other_names_stay_as_they_are():
     assert all("/" in model for model in MODEL_PRESETS.values())
 
 
+SMALL_MODEL = {
+    "rank": 64,
+    "alpha": 128,
+    "dropout": 0.3,
+    "target_modules": "all-linear+embeddings",
+    "learning_rate": 7e-4,
+    "batch_size": 32,
+    "accumulation": 1,
+}
+LARGE_MODEL = {
+    "rank": 8,
+    "alpha": 16,
+    "dropout": 0.1,
+    "target_modules": "all-linear",
+    "learning_rate": 2e-4,
+    "batch_size": 4,
+    "accumulation": 4,
+}
+
+
 @pytest.mark.parametrize(
-    ("parameters", "learning_rate", "batch_size", "accumulation", "target_modules"),
-    [
-        (7_000_000, 1e-3, 32, 1, "all-linear+embeddings"),
-        (999_999_999, 1e-3, 32, 1, "all-linear+embeddings"),
-        (10**9, 2e-4, 4, 4, "all-linear"),
-        (8e9, 2e-4, 4, 4, "all-linear"),
-    ],
+    ("parameters", "values"),
+    [(7e6, SMALL_MODEL), (999_999_999, SMALL_MODEL), (10**9, LARGE_MODEL), (8e9, LARGE_MODEL)],
 )
-def test_training_settings_left_open_follow_the_size_of_the_model(
-    parameters, learning_rate, batch_size, accumulation, target_modules
-):
-    filled = TrainingSettings().for_model(parameters)
-    assert filled == replace(
-        TrainingSettings(),
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        target_modules=target_modules,
-    )
+def test_training_settings_left_open_follow_the_size_of_the_model(parameters, values):
+    assert TrainingSettings().for_model(parameters) == TrainingSettings(**values)
 
 
 def test_training_settings_that_were_given_stay():
     given = TrainingSettings(
-        learning_rate=1e-5, batch_size=3, accumulation=2, epochs=9, target_modules="q_proj"
+        rank=3,
+        alpha=5,
+        dropout=0.0,
+        learning_rate=1e-5,
+        batch_size=3,
+        accumulation=2,
+        epochs=9,
+        target_modules="q_proj",
     )
     assert given.for_model(1e6) == given.for_model(1e10) == given
+    assert TrainingSettings(rank=3).for_model(1e6).alpha == 6
     assert TrainingSettings(batch_size=3).for_model(1e10).learning_rate == 2e-4
 
 
