@@ -288,6 +288,50 @@ def use_feature_dropout(model):
                 layer.__class__ = FeatureDropout
 
 
+def fold_adapter(model):
+    """Have the LoRA layers of a small float32 model multiply once, by weights with the adapter in them.
+
+    A rank of 64 costs a small layer a third of its time. The folded weights, of which a large model
+    would feel the memory and not the speed, stand beside those of the base model, which a disabled
+    adapter finds unchanged.
+    """
+    if model.num_parameters() >= LARGE:
+        return
+    for module in model.modules():
+        base = getattr(module, "base_layer", None)
+        if type(base) is not torch.nn.Linear or base.weight.dtype != torch.float32:
+            continue
+        (name,) = module.active_adapters
+        if name in module.lora_A and name not in module.lora_variant and not module.lora_bias[name]:
+            module.forward = FoldedForward(module, name)
+
+
+class FoldedForward:
+    """The forward pass of a LoRA layer: x (..., in_features) → (..., out_features).
+
+    Weights are folded again where one was changed in place. While the adapter is trained PEFT
+    computes: not every optimizer leaves a trace of its changes.
+    """
+
+    def __init__(self, layer, adapter):
+        self.layer, self.adapter = layer, adapter
+        self.folded = None, None  # version, weight; one object, since several threads compute
+
+    def __call__(self, x, *arguments, **named):
+        layer = self.layer
+        low_rank = layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight
+        if layer.disable_adapters or any(part.requires_grad for part in low_rank):
+            return type(layer).forward(layer, x, *arguments, **named)
+        base = layer.base_layer
+        present = sum(part._version for part in (base.weight, *low_rank))
+        version, weight = self.folded
+        if version != present:
+            with torch.no_grad(), intra_op_threads(1):  # the same sums whoever computes them
+                weight = base.weight + layer.get_delta_weight(self.adapter)
+            self.folded = present, weight
+        return linear(x, weight, base.bias)
+
+
 class Float32Head(torch.nn.Linear):
     """An output head that multiplies in float32 at inference, whatever its weights are stored in.
 

@@ -66,7 +66,7 @@ FULL_PRECISION_TOLERANCE = 1e-4  # largest |Δ probability|, batched against one
 HALF_PRECISION_TOLERANCE = 3e-2  # the same for bfloat16 and float16
 DEVICE_MAPS = ("none", "auto", "balanced", "sequential")
 ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
-ENGINE_VERSION = 4  # of how probabilities are computed; another one, other last digits
+ENGINE_VERSION = 5  # of how probabilities are computed; another one, other last digits
 CHUNK = 4096  # texts tokenised at a time, so that memory does not grow with their number
 CHECK_TEXTS = (  # on which a loaded model's engine is compared with its plain forward pass
     "Fine.",
@@ -770,6 +770,8 @@ class TransformerLogprobsClassifier(LogprobsClassifier):
         import safetensors
         from peft import PeftModel
 
+        from engine import fold_adapter
+
         try:
             self.model = PeftModel.from_pretrained(self.model, self.adapter)
         except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:
@@ -779,6 +781,7 @@ class TransformerLogprobsClassifier(LogprobsClassifier):
                 f"({reason}); run: python fine_tune_model.py --force-retrain"
             ) from error
         self.model.eval()
+        fold_adapter(self.model)
 
     @property
     def identity(self):
@@ -802,10 +805,13 @@ class TransformerLogprobsClassifier(LogprobsClassifier):
             yield self
             return
         self._switch["adapter"] = False
+        frozen = [p for p in self.model.parameters() if not p.requires_grad]
         try:
             with self.model.disable_adapter():
                 yield self
         finally:
+            for p in frozen:  # PEFT hands an adapter back as one that is trained
+                p.requires_grad_(False)
             self._switch["adapter"] = True
 
     @contextmanager

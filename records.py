@@ -142,7 +142,7 @@ def prediction_from_logprobs(
 
 def prediction_to_json(prediction):
     """The fields that are set, ready for JSON."""
-    return {k: v for k, v in asdict(prediction).items() if v is not None and v is not False}
+    return {k: v for k, v in vars(prediction).items() if v is not None and v is not False}
 
 
 def prediction_from_json(row):

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import engine
 import logprobs_confidence
 import records
 from conftest import ARCHITECTURES, HYBRID
@@ -231,6 +232,36 @@ def test_dropout_draws_by_its_seed_and_leaves_no_trace(adapter):
     assert not any(module.training for module in tuned.model.modules())
 
 
+def test_an_adapter_is_folded_into_one_product_where_that_is_the_same(adapter, monkeypatch):
+    tuned, base = TransformerLogprobsClassifier(adapter=adapter), TransformerLogprobsClassifier()
+    monkeypatch.setattr(engine, "LARGE", 1.0)
+    plain = TransformerLogprobsClassifier(adapter=adapter)  # a large model, left to PEFT
+    asked = {id(tuned): 0, id(plain): 0}
+
+    def count(c):
+        asked[id(c)] += 1
+
+    for c in (tuned, plain):
+        for name, module in c.model.named_modules():
+            if name.endswith("lora_A.default"):
+                module.register_forward_hook(lambda *_, c=c: count(c))
+
+    def difference(other):
+        pairs = zip(tuned.classify_batch(TEXTS), other.classify_batch(TEXTS), strict=True)
+        return max(abs(a.confidence - b.confidence) for a, b in pairs)
+
+    assert difference(plain) < 1e-5 < 1e-2 < difference(base)
+    with tuned.without_adapter():
+        assert difference(base) == 0
+    for c in (tuned, plain):
+        with torch.no_grad():
+            for name, p in c.model.named_parameters():
+                if "lora_B" in name:
+                    p.mul_(-2)
+    assert difference(plain) < 1e-5 < 1e-2 < difference(base)
+    assert asked[id(tuned)] == 0 < asked[id(plain)]
+
+
 def test_a_draw_of_dropout_is_one_mask_on_the_inputs_of_each_layer(adapter):
     tuned = TransformerLogprobsClassifier(adapter=adapter)
     weights = [m.lora_A["default"].weight for m in tuned.model.modules() if hasattr(m, "lora_A")]
@@ -247,7 +278,8 @@ def test_a_draw_of_dropout_is_one_mask_on_the_inputs_of_each_layer(adapter):
         layer.register_forward_hook(lambda _, __, x, mask=mask: x * mask)
         for layer, mask in zip(layers, masks, strict=True)
     ]
-    tuned.engine._prefixes.clear()
+    for weight in weights:
+        weight.requires_grad_(True)  # so that PEFT computes, and the hooks are asked
     masked = tuned.classify_batch(TEXTS)
     for hook in hooks:
         hook.remove()
