@@ -20,21 +20,26 @@ FORKING.set_forkserver_preload(
 )
 
 
-def run_script(script, arguments, out, err, environment):
+def run_script(script, arguments, streams, environment):
     """`python script arguments`, in a forked process."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which the server ignores
     os.environ.update(environment)
-    for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    for number, path in enumerate(streams):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+    sys.stdin, sys.stdout, sys.stderr = (
+        os.fdopen(number, mode, closefd=False) for number, mode in enumerate("rww")
+    )
     sys.argv = [script, *arguments]
-    with open(1, "w", closefd=False) as sys.stdout, open(2, "w", closefd=False) as sys.stderr:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+    runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
-def start_script(script, *arguments, out=os.devnull, err=os.devnull, **environment):
-    """A running `multiprocessing.Process`; out, err: paths that its output goes to."""
+def start_script(
+    script, *arguments, stdin=os.devnull, stdout=os.devnull, stderr=os.devnull, **environment
+):
+    """A running `multiprocessing.Process`. stdin, stdout, stderr: paths."""
+    streams = [str(path) for path in (stdin, stdout, stderr)]
     process = FORKING.Process(
-        target=run_script, args=(script, [*map(str, arguments)], str(out), str(err), environment)
+        target=run_script, args=(script, [*map(str, arguments)], streams, environment)
     )
     process.start()
     return process

@@ -876,8 +876,8 @@ def launch_two(folder, data, **environment):
     processes = [
         start_script(
             *("fine_tune_model.py", *flags),
-            out=out[rank],
-            err=errors[rank],
+            stdout=out[rank],
+            stderr=errors[rank],
             **environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)

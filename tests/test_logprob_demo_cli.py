@@ -807,10 +807,8 @@ def open_terminal():
 def in_a_terminal(*arguments):
     """(exit code, output) of the script on a real terminal, as a user would run it."""
     master, slave = open_terminal()
-    name = os.ttyname(slave)
-    process = start_script(
-        "logprob_demo_cli.py", *arguments, out=name, err=name, TERM="xterm", NO_COLOR=""
-    )
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), os.ttyname(slave))
+    process = start_script("logprob_demo_cli.py", *arguments, TERM="xterm", NO_COLOR="", **streams)
     process.join(120)
     os.close(slave)
     output = b""

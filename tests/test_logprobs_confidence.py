@@ -105,9 +105,9 @@ def test_embedded_model_batched_equals_one_at_a_time_in_input_order(classifier):
 
 @pytest.fixture(scope="module")
 def held_out():
-    """(300 held-out texts, their label probabilities (300, 2) from plain forward passes)."""
+    """(150 held-out texts, their label probabilities (150, 2) from plain forward passes)."""
     rows = load_splits(DataSettings(), SENTIMENT)
-    texts = [e.text for e in rows if e.split in ("calibration", "test")][::6][:300]
+    texts = [e.text for e in rows if e.split in ("calibration", "test")][::12][:150]
     model = TransformerLogprobsClassifier()
     return texts, torch.tensor([brute_force_logprobs(model, text) for text in texts]).exp()
 
