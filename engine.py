@@ -298,12 +298,17 @@ def fold_adapter(model):
     if model.num_parameters() >= LARGE:
         return
     for module in model.modules():
-        base = getattr(module, "base_layer", None)
-        if type(base) is not torch.nn.Linear or base.weight.dtype != torch.float32:
-            continue
-        (name,) = module.active_adapters
-        if name in module.lora_A and name not in module.lora_variant and not module.lora_bias[name]:
-            module.forward = FoldedForward(module, name)
+        if is_plain_lora(module) and type(module.base_layer) is torch.nn.Linear:
+            (adapter,) = module.active_adapters
+            if module.base_layer.weight.dtype == torch.float32:
+                module.forward = FoldedForward(module, adapter)
+
+
+def is_plain_lora(layer):
+    """Whether every adapter of the layer adds B A x · scaling to a linear layer and no more."""
+    from peft.tuners.lora.layer import Linear
+
+    return type(layer) is Linear and not layer.lora_variant and not any(layer.lora_bias.values())
 
 
 class FoldedForward:

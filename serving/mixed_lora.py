@@ -10,7 +10,9 @@ import threading
 from contextlib import contextmanager
 
 import torch
-from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.layer import LoraLayer
+
+from engine import is_plain_lora
 
 BASE_ROWS = "__base__"  # PEFT's name of no adapter in a mixed batch
 
@@ -46,16 +48,11 @@ class MixedRows:
 
         def forward(x, *arguments, **named):
             names = self._thread.names
-            if not is_plain(layer):
+            if not is_plain_lora(layer):
                 return peft_forward(x, *arguments, adapter_names=names, **named)
             return add_updates(layer, layer.base_layer(x, *arguments, **named), x, names)
 
         return forward
-
-
-def is_plain(layer):
-    """Whether every adapter of the layer adds B A x · scaling to a linear layer and no more."""
-    return type(layer) is Linear and not layer.lora_variant and not any(layer.lora_bias.values())
 
 
 def add_updates(layer, output, x, names):

@@ -5,7 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from serving.mixed_lora import BASE_ROWS, MixedRows, is_plain
+from engine import is_plain_lora
+from serving.mixed_lora import BASE_ROWS, MixedRows
 from settings import EMBEDDED_MODEL_DIR
 
 IDS = torch.arange(60).view(6, 10) + 300
@@ -77,8 +78,8 @@ def test_what_is_no_plain_lora_is_left_to_peft(model):
     mixed.tell(model)
     try:
         attention = model.base_model.model.model.layers[0].self_attn
-        assert is_plain(attention.q_proj) and not is_plain(attention.v_proj)
-        assert not is_plain(model.base_model.model.model.embed_tokens)
+        assert is_plain_lora(attention.q_proj) and not is_plain_lora(attention.v_proj)
+        assert not is_plain_lora(model.base_model.model.model.embed_tokens)
         found = logits(model, names, mixed)
     finally:
         forget(model)
