@@ -291,9 +291,8 @@ def use_feature_dropout(model):
 def fold_adapter(model):
     """Let the LoRA layers of a small float32 model multiply once, by weights that hold the adapter.
 
-    A rank of 64 costs a small layer a third of its time. The folded weights, of which a large model
-    would feel the memory and not the speed, stand beside those of the base model, which a disabled
-    adapter finds unchanged.
+    The folded weights, of which a large model would feel the memory and not the speed, stand beside
+    those of the base model, which a disabled adapter finds unchanged.
     """
     if model.num_parameters() >= LARGE:
         return

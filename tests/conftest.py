@@ -57,7 +57,7 @@ LONGEST = (
 
 
 def pytest_collection_finish():
-    """What is loaded by now stays; to look through it takes a twentieth of the tests' time."""
+    """What is loaded by now stays: the collector need not look through it again and again."""
     gc.collect()
     gc.freeze()
     gc.enable()

@@ -2,8 +2,8 @@
 
 A process that has imported torch, transformers and peft waits for orders and forks itself. Where a
 test needs a process that can be killed, joined with others or looked at from outside, this saves it
-the six seconds of processor time that the imports of each take. That a user's plain `python script`
-works is what other tests are for.
+the seconds that the imports of each take. That a user's plain `python script` works is what other
+tests are for.
 """
 
 import os
