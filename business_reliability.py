@@ -118,7 +118,7 @@ def zones_text(zones):
         "together. A zone keeps its word if its mean confidence lies inside the interval; a wide "
         "interval says that too few independent texts are in the zone to tell."
     )
-    title = f"Zones of confidence (test rows, calibrated by {zones['calibrator']})"
+    title = f"Zones of confidence (test rows, calibrator: {zones['calibrator']})"
     return "\n\n".join([title, text_table(header, rows), prose(how)])
 
 
@@ -166,8 +166,8 @@ def automation_text(table):
     header = ["promise", "threshold", "automated", "expected", "errors", "wrong", "at most"]
     header.append("on test rows")
     title = (
-        f"Automation with a promise (confidence calibrated by {table['calibrator']}, chosen and "
-        f"fitted on {table['n_fitting']:,} calibration rows; thresholds from "
+        f"Automation with a promise (calibrator: {table['calibrator']}, chosen and fitted on "
+        f"{table['n_fitting']:,} calibration rows; thresholds from "
         f"{table['n_certifying']:,} others in {table['n_certifying_groups']:,} near-duplicate "
         f"groups, one row a group being a unit; measured on {table['n_test']:,} test rows in "
         f"{table['n_test_groups']:,} groups)"

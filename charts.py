@@ -835,7 +835,7 @@ def plot_certified_thresholds(data, figure):
     _percent_axis(axes[0], "y", whole=False)
     axes[0].set_ylabel("share of wrong answers among them")
     body.supxlabel(
-        f"calibrated by {table['calibrator']} on {table['n_fitting']:,} calibration rows; "
+        f"calibrator: {table['calibrator']}, chosen on {table['n_fitting']:,} calibration rows; "
         f"thresholds from {table['n_certifying']:,} others\n"
         f"in {table['n_certifying_groups']:,} near-duplicate groups, δ = {table['delta']:g}",
         fontsize="medium",
