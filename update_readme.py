@@ -164,8 +164,8 @@ def automation_block():
     shown = markdown_table(["promise", "threshold", "automated on test rows", "kept"], rows)
     return (
         f"{shown}\n\n"
-        f"({MODEL_TITLES[model.name].capitalize()} model, calibrator: {table['calibrator']}, chosen "
-        f"on {table['n_fitting']:,} calibration rows; thresholds from\n"
+        f"({MODEL_TITLES[model.name].capitalize()} model, calibrator: {table['calibrator']}, "
+        f"chosen on {table['n_fitting']:,} calibration rows; thresholds from\n"
         f"{table['n_certifying']:,} others in {table['n_certifying_groups']} groups. Another "
         "division may certify another threshold, or none; trying\n"
         "divisions until one certifies voids the promise.)"
