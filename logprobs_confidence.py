@@ -436,9 +436,10 @@ def load_model_and_tokenizer(settings):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from engine import use_float32_head
+    from engine import keep_freed_memory, use_float32_head
 
     quiet_libraries()
+    keep_freed_memory()
     name = resolve_model(settings.model)
     device = choose_device(settings.device)
     check_model_name(name)
