@@ -580,6 +580,20 @@ def parallelism(model):
     return workers, max(1, cores // workers)
 
 
+def training_bytes(model, tokens, longest):
+    """What a forward pass of LoRA training keeps for the backward pass, bytes; rather too much.
+
+    tokens: of the batch, padding included; longest: of a row. In each layer some two dozen tensors
+    of the hidden size and eight of the inner one, and attention weights where they are kept.
+    """
+    config = model.config.get_text_config()
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    values = 24 * config.hidden_size + 8 * inner
+    if config._attn_implementation == "eager":
+        values += 3 * getattr(config, "num_attention_heads", 1) * longest
+    return tokens * config.num_hidden_layers * values * model.dtype.itemsize
+
+
 def token_budget(model, workers, batch_tokens=None):
     """Tokens of a batch: what was asked for or is fast, at most what fits into memory."""
     device = model.device.type

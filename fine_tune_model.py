@@ -44,6 +44,7 @@ from settings import (
     resolve_model,
 )
 
+ACTIVATION_SHARE = 0.5  # of the free memory: more, and the backward pass computes them again
 MANIFEST_VERSION = 2  # of how an adapter is made: another one, another adapter
 RESULT_FILES = (
     "adapter_config.json",
@@ -351,16 +352,12 @@ def add_adapter(classifier, training, resume_from=None):
     from engine import use_feature_dropout
 
     model = classifier.model
-    large = model.num_parameters() >= 1e9
     if classifier.settings.quantization != "none":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=large)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 # Validation would repack 4-bit weights for a CPU kernel that passes no gradient on.
                 module.support_avx512bf16_for_cpu = False
-    elif large:
-        model.gradient_checkpointing_enable()
-        model.enable_input_require_grads()
     if classifier.device == "cpu":
         model.set_attn_implementation("eager")  # the CPU's fused attention is slow backwards
     if resume_from is not None:
@@ -400,6 +397,26 @@ def add_adapter(classifier, training, resume_from=None):
         ) from error
     use_feature_dropout(adapted)
     return adapted
+
+
+def spare_memory(model, batches, divided):
+    """Have the backward pass compute activations again where memory would not hold them all.
+
+    That of every process does where one of them must, if they divide the layers: each gathers a
+    layer's weights when the others do.
+    """
+    from accelerate.utils import gather_object
+
+    from engine import free_memory, training_bytes
+
+    longest = [(len(b) * len(b[-1].prompt), len(b[-1].prompt)) for b in batches]
+    needed = max(training_bytes(model, *sizes) for sizes in longest)
+    scarce = needed > ACTIVATION_SHARE * free_memory(model.device.type)
+    if divided:
+        scarce = any(gather_object([scarce]))
+    if scarce:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
 
 
 def linear_layer_names(model):
@@ -548,7 +565,11 @@ def train(accelerator, classifier, splits, training, checkpoint, divided=False):
     optimizer = torch.optim.AdamW(
         trainable, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
     )
-    # Gradient checkpointing computes layers again at the backward pass and has no cache to share.
+    batches = AnswerBatches(
+        classifier.encoders, splits["train"], training.batch_size, training.train_seed
+    )
+    spare_memory(model, batches.epoch(0), divided)
+    # Activations that are computed again have no cache to share.
     # In step, a batch of one row, which has no prefix to share, would be one forward pass short.
     share = (
         classifier.engine.shares_prefix
@@ -556,9 +577,6 @@ def train(accelerator, classifier, splits, training, checkpoint, divided=False):
         and not classifier.engine.in_step
     )
     loss_of = training_loss(training, classifier, share)
-    batches = AnswerBatches(
-        classifier.encoders, splits["train"], training.batch_size, training.train_seed
-    )
     per_epoch = math.ceil(len(batches.epoch(0)) / (world * training.accumulation))
     total = per_epoch * training.epochs
     passes = training.epochs * training.evaluations_per_epoch

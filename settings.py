@@ -440,11 +440,9 @@ class TrainingSettings:
     )
     epochs: int = setting(2, "passes over the training rows")
     batch_size: int | None = setting(
-        None, "rows of one forward pass (default: 32 below 1 billion parameters, else 4)"
+        None, "rows of one forward pass (default: 32 below 1 billion parameters, else 16)"
     )
-    accumulation: int | None = setting(
-        None, "forward passes of one optimizer step (default: 1, or 4 from 1 billion parameters)"
-    )
+    accumulation: int = setting(1, "forward passes of one optimizer step")
     warmup_fraction: float = setting(0.05, "share of the steps with a rising learning rate")
     weight_decay: float = setting(0.01, "AdamW weight decay")
     evaluations_per_epoch: int = setting(4, "validation passes an epoch")
@@ -481,8 +479,7 @@ class TrainingSettings:
             "alpha": 2 * rank,
             "dropout": 0.1 if large else 0.3,
             "learning_rate": 2e-4 if large else 7e-4,
-            "batch_size": 4 if large else 32,
-            "accumulation": 4 if large else 1,
+            "batch_size": 16 if large else 32,
             "target_modules": "all-linear" if large else "all-linear+embeddings",
         }
         return replace(

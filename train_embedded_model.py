@@ -2,9 +2,13 @@
 
     python train_embedded_model.py --data-root DIR    # local copies, one folder a data set
     python train_embedded_model.py                    # the same sets by hub name, `datasets`
-    python train_embedded_model.py --data-root DIR --teacher-only             # then two processes:
-    torchrun --nproc_per_node 2 train_embedded_model.py --data-root DIR --steps 1600
-    python train_embedded_model.py --data-root DIR --card-only   # measure, rewrite the card
+
+or stage by stage, the second one on two processes here or, with what the first wrote to
+checkpoints/embedded_model, on a machine with a GPU:
+
+    python train_embedded_model.py --stage prepare --data-root DIR
+    torchrun --nproc_per_node 2 train_embedded_model.py --stage train --steps 1600
+    python train_embedded_model.py --stage card --data-root DIR
 
 Every step of a process adds the gradients of one batch of plain text (next-token loss) and one
 batch of questions about labelled reviews (loss on the answer token after the chat prompt).
@@ -32,7 +36,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from records import read_json, write_json
+from records import atomic_path, read_json, write_json
 from settings import (
     EMBEDDED_MODEL_DIR,
     ROOT,
@@ -87,9 +91,10 @@ class EmbeddedTraining:
     weight_decay: float = 0.05
     plain_text_tokens: int = 256  # length of a plain-text sequence
     plain_text_rows: int = 10
+    batch_scale: int = 1  # times the rows of `LENGTH_BUCKETS` and of plain text
     word_dropout: float = 0.2  # of the words, in half of the short texts
     answer_weight: float = 3.0  # of the answer loss beside the plain-text loss
-    meaning_size: int = 128  # principal components of the teacher's embedding to predict
+    meaning_size: int = 64  # principal components of the teacher's embedding to predict
     meaning_weight: float = 1.0  # of their squared error
     label_share: float = 0.5  # of the label, the rest of the teacher, in an answer to learn
     embedding_scale: float = 0.08  # standard deviation of the first word vectors
@@ -104,7 +109,7 @@ class EmbeddedTraining:
 class Source:
     """One data set of texts to ask about: where it is, how often it is drawn, how it is written.
 
-    kind: "labelled"; "facts", no opinion, sentence by sentence; or "unlabelled", plain text whose
+    kind: "labelled"; "facts", no opinion, sentence by sentence; or "unlabelled", texts whose
     sentences the teacher judges. From `taught` of its texts the teacher learns.
     """
 
@@ -122,7 +127,7 @@ SOURCES = (
     Source(
         "sst2/train_phrases.jsonl.gz",
         ("stanfordnlp/sst2", "train", "sentence"),
-        0.22,
+        0.16,
         tokenised_lowercase=True,
         taught=70_000,
     ),
@@ -136,7 +141,7 @@ SOURCES = (
     Source(
         "rotten_tomatoes/all.jsonl.gz",
         ("cornell-movie-review-data/rotten_tomatoes", "train", "text"),
-        0.05,
+        0.04,
         tokenised_lowercase=True,
         taught=10_000,
     ),
@@ -163,15 +168,31 @@ SOURCES = (
         kind="facts",
         taught=2_000,
     ),
-    Source("lm_text/imdb_unsup.txt.gz", PLAIN_TEXT_HUB, 0.34, max_rows=120_000, kind="unlabelled"),
+    Source("lm_text/imdb_unsup.txt.gz", PLAIN_TEXT_HUB, 0.29, max_rows=240_000, kind="unlabelled"),
+    Source(
+        "yelp_polarity/part_a.jsonl.gz",
+        ("fancyzhx/yelp_polarity", "test", "text"),
+        0.06,
+        max_rows=30_000,
+        kind="unlabelled",
+    ),
+    Source(
+        "amazon_polarity/part_a.jsonl.gz",
+        ("fancyzhx/amazon_polarity", "test", "title+content"),
+        0.06,
+        max_rows=30_000,
+        kind="unlabelled",
+    ),
 )
 PLAIN_TEXT = (  # below --data-root: file, share of the plain-text tokens
     ("lm_text/imdb_unsup.txt.gz", 0.62),
     ("lm_text/gutenberg_novels.txt.gz", 0.06),
     ("labelled", 0.32),  # the labelled texts themselves, without a question
 )
+STAGES = ("prepare", "train", "card")
 TEACHER = "sentence-transformers/all-MiniLM-L6-v2"
 TEACHER_WORDS = 60  # of the longest text that it learns from or judges
+MEANING_STEP = 0.5  # standard deviations: whole numbers of it, in a byte, are exact enough
 DEV = ("sst2/dev.jsonl", ("stanfordnlp/sst2", "validation", "sentence"))
 IMDB_TEST = ("imdb/test_slice.jsonl.gz", ("stanfordnlp/imdb", "test", "text"))
 ANSWER_CASE_WEIGHTS = (0.8, 0.12, 0.08)  # Yes, yes, YES
@@ -302,7 +323,10 @@ def load_corpus(data_root, seed):
     asked = []
     for source in SOURCES:
         if source.kind == "unlabelled":
-            sentences = {s for t in plain[source.folder_file] for s in sentences_of(t)}
+            whole = plain.get(source.folder_file) or [
+                t for t, _ in read_rows(data_root, source.folder_file, source.hub, source.max_rows)
+            ]
+            sentences = {s for t in whole for s in sentences_of(t)}
             texts = sorted(s for s in sentences if 3 < len(s.split()) <= 40)
             texts = [t for t in texts if normalised(t) not in held_out]
             chosen = [texts[i] for i in rng.permutation(len(texts))[: source.max_rows]]
@@ -374,16 +398,17 @@ def corpus_print(asked):
 def read_judgements(asked, folder, config):
     """What the teacher says: `asked` with P(positive) filled in, and what the texts are about.
 
-    Returns ([[(text, P(positive))]], meanings (N, D) float16 of all texts in order, known (N,)
-    bool, SST-2 accuracy). Meanings are principal components of the embeddings, each with mean 0
-    and variance 1, so that no single one, the opinion for one, outweighs the others. Where a text
-    is too long for the teacher, `known` is False and P(positive) that of the label.
+    Returns ([[(text, P(positive))]], meanings (N, D) int8 of all texts in order, known (N,) bool,
+    SST-2 accuracy). Meanings are principal components of the embeddings, each with mean 0 and
+    variance 1, so that no single one, the opinion for one, outweighs the others, in units of
+    `MEANING_STEP`. Where a text is too long for the teacher, `known` is False and P(positive) that
+    of the label.
     """
     import numpy as np
 
     path = folder / "judgements.npz"
     if not path.exists():
-        raise UserError(f"{path} is missing; run: python train_embedded_model.py --teacher-only")
+        raise UserError(f"{path} is missing; run: python train_embedded_model.py --stage prepare")
     saved = np.load(path)
     if saved["texts"] != corpus_print(asked):
         raise UserError(f"{path} belongs to other texts; remove {folder} to make it again")
@@ -392,8 +417,9 @@ def read_judgements(asked, folder, config):
     values -= values.mean(0)
     variances, directions = np.linalg.eigh(values.T @ values / len(values))  # rising
     kept = np.flatnonzero(variances > 1e-6 * variances[-1])[-config.meaning_size :]
-    meanings = np.zeros((len(known), len(kept)), dtype=np.float16)
-    meanings[known] = values @ (directions[:, kept] / np.sqrt(variances[kept]))
+    meanings = np.zeros((len(known), len(kept)), dtype=np.int8)
+    values = values @ (directions[:, kept] / np.sqrt(variances[kept]))
+    meanings[known] = np.clip(np.rint(values / MEANING_STEP), -127, 127)
     judged, positive = [], iter(saved["positive"].tolist())
     for rows in asked:
         judged.append([])
@@ -464,6 +490,39 @@ def encode(tokenizer, texts):
     return ids
 
 
+def corpus_arrays(tokenizer, asked, plain, meanings, known, config):
+    """{name: array}: all that training needs of the texts, in token ids.
+
+    text: those to ask about, one after the other; length, positive, short, meaning and known: of
+    each. source: of how many each source has. stream_N: the plain text, as in `PLAIN_TEXT`.
+    """
+    import numpy as np
+
+    ids, positive, short = [], [], []
+    for source, rows in zip(SOURCES, asked, strict=True):
+        ids += encode(tokenizer, [f" {text.strip()}" for text, _ in rows])
+        positive += [p for _, p in rows]
+        short += [source.tokenised_lowercase or source.kind == "unlabelled"] * len(rows)
+    arrays = {
+        "text": np.concatenate(ids),
+        "length": np.array([len(row) for row in ids]),
+        "positive": np.array(positive),
+        "short": np.array(short),
+        "meaning": meanings,
+        "known": known,
+        "source": np.array([len(rows) for rows in asked]),
+    }
+    bos, end = tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids("<|end_of_text|>")
+    for number, (name, _) in enumerate(PLAIN_TEXT):
+        texts = plain[name]
+        order = np.random.default_rng(config.seed).permutation(len(texts))
+        encoded = encode(tokenizer, [texts[i] for i in order])
+        framed = [np.array([], dtype=np.uint16)]
+        framed += [np.concatenate([[bos], row, [end]]).astype(np.uint16) for row in encoded]
+        arrays[f"stream_{number}"] = np.concatenate(framed)
+    return arrays
+
+
 class Questions(NamedTuple):
     """A batch of questions in one wording about texts of like length."""
 
@@ -477,14 +536,16 @@ class Questions(NamedTuple):
 
 
 class TrainingBatches:
-    """Batches as a pure function of (seed, step, rank)."""
+    """Batches as a pure function of (seed, step, rank); `batches[step]` are those of one step.
 
-    def __init__(self, tokenizer, asked, plain, meanings, known, config):
+    corpus: of `corpus_arrays`.
+    """
+
+    def __init__(self, tokenizer, corpus, config, rank=0):
         import numpy as np
 
-        self.config, self.meanings, self.known = config, meanings, known
+        self.config, self.rank = config, rank
         self.pad = tokenizer.pad_token_id
-        self.eot = tokenizer.convert_tokens_to_ids("<|eot_id|>")
         suffix = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
         self.suffix = tokenizer(suffix, add_special_tokens=False).input_ids
         self.tasks, weights, negated = zip(*question_tasks(), strict=True)
@@ -502,28 +563,29 @@ class TrainingBatches:
             self.prefixes.append(tokenizer(prefix, add_special_tokens=False).input_ids)
             words = [word for label in task.labels for word in label.words]
             self.answers.append(tokenizer.convert_tokens_to_ids(words))
-        self.texts, self.positive, self.short, weight = [], [], [], []
-        for source, rows in zip(SOURCES, asked, strict=True):
-            self.texts += encode(tokenizer, [f" {text.strip()}" for text, _ in rows])
-            self.positive += [positive for _, positive in rows]
-            self.short += [source.tokenised_lowercase or source.kind == "unlabelled"] * len(rows)
-            weight += [source.weight / len(rows)] * len(rows)
-        lengths = np.array([len(ids) for ids in self.texts])
-        weight = np.array(weight)
+        lengths = corpus["length"]
+        self.texts = np.split(corpus["text"], np.cumsum(lengths)[:-1])
+        self.positive, self.short = corpus["positive"], corpus["short"]
+        self.meanings, self.known = corpus["meaning"], corpus["known"]
+        shares = [source.weight / n for source, n in zip(SOURCES, corpus["source"], strict=True)]
+        weight = np.repeat(shares, corpus["source"])
         self.bounds, lowest = [], 0
         for longest, _, _ in LENGTH_BUCKETS:
             members = np.flatnonzero((lengths > lowest) & (lengths <= longest))
             self.bounds.append((members, np.cumsum(weight[members]) / weight[members].sum()))
             lowest = longest
-        bos, end = tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids("<|end_of_text|>")
-        self.streams = []
-        for name, share in PLAIN_TEXT:
-            texts = plain[name]
-            order = np.random.default_rng(config.seed).permutation(len(texts))
-            encoded = encode(tokenizer, [texts[i] for i in order])
-            framed = [np.concatenate([[bos], ids, [end]]).astype(np.uint16) for ids in encoded]
-            if framed:
-                self.streams.append((np.concatenate(framed), share))
+        streams = [corpus[f"stream_{number}"] for number in range(len(PLAIN_TEXT))]
+        self.streams = [
+            (stream, share)
+            for stream, (_, share) in zip(streams, PLAIN_TEXT, strict=True)
+            if len(stream)
+        ]
+
+    def __len__(self):
+        return self.config.steps
+
+    def __getitem__(self, step):
+        return self.questions(step, self.rank), self.plain_text(step, self.rank)
 
     def questions(self, step, rank):
         """One wording and length, as `Questions`."""
@@ -538,7 +600,7 @@ class TrainingBatches:
         task = int(rng.choice(len(self.tasks), p=self.task_weights[negated]))
         answers, case = self.answers[task], np.array(ANSWER_CASE_WEIGHTS)
         rows, targets, drawn = [], [], []
-        for draw in rng.random(LENGTH_BUCKETS[bucket][1]):
+        for draw in rng.random(LENGTH_BUCKETS[bucket][1] * self.config.batch_scale):
             i = members[min(int(np.searchsorted(cumulative, draw)), len(members) - 1)]
             drawn.append(i)
             ids = self.texts[i]
@@ -558,7 +620,7 @@ class TrainingBatches:
             last=last,
             answers=torch.tensor(answers),
             targets=torch.tensor(np.array(targets), dtype=torch.float32),
-            meanings=torch.from_numpy(self.meanings[drawn]).float(),
+            meanings=torch.from_numpy(self.meanings[drawn] * MEANING_STEP).float(),
             known=torch.from_numpy(self.known[drawn]).float(),
         )
 
@@ -570,7 +632,7 @@ class TrainingBatches:
         rng = np.random.default_rng([self.config.seed, step, rank, 1])
         shares = np.array([share for _, share in self.streams])
         length, rows = self.config.plain_text_tokens, []
-        for _ in range(self.config.plain_text_rows):
+        for _ in range(self.config.plain_text_rows * self.config.batch_scale):
             stream = self.streams[int(rng.choice(len(shares), p=shares / shares.sum()))][0]
             start = int(rng.integers(0, len(stream) - length - 1))
             rows.append(stream[start : start + length + 1].astype(np.int64))
@@ -646,7 +708,7 @@ def build_optimizers(model, meaning, config):
 
 
 def losses(model, meaning, suffix_length):
-    """The two loss functions, compiled: about twice as fast on a CPU, needs a C++ compiler.
+    """The two loss functions; compiled on a CPU: about twice as fast, needs a C++ compiler.
 
     meaning: linear layer from the hidden state at the end of a text to what the text is about.
     """
@@ -654,11 +716,11 @@ def losses(model, meaning, suffix_length):
     from torch.nn.functional import cross_entropy
 
     def answer_loss(prefix, tails, last, answers, targets, meanings, known, eot):
-        rows = torch.arange(len(tails))
+        rows = torch.arange(len(tails), device=tails.device)
         cache = model.model(prefix, use_cache=True).past_key_values
         cache.batch_repeat_interleave(len(tails))
-        reach = last[:, None] + 1 >= torch.arange(tails.shape[1])[None, :]  # (B, T)
-        mask = torch.cat([torch.ones(len(tails), prefix.shape[1], dtype=torch.bool), reach], dim=1)
+        place = torch.arange(prefix.shape[1] + tails.shape[1], device=tails.device)
+        mask = last[:, None] + 1 >= place[None, :] - prefix.shape[1]  # (B, P + T)
         hidden = model.model(tails, past_key_values=cache, attention_mask=mask).last_hidden_state
         answer_logits = model.lm_head(hidden[rows, last]).float()  # (B, V)
         end_logits = model.lm_head(hidden[rows, last + 1]).float()
@@ -671,13 +733,15 @@ def losses(model, meaning, suffix_length):
         hidden = model.model(ids[:, :-1], use_cache=False).last_hidden_state
         return cross_entropy(model.lm_head(hidden).flatten(0, 1).float(), ids[:, 1:].flatten())
 
+    if model.device.type != "cpu":  # compiling takes longer than it saves
+        return answer_loss, text_loss
     return torch.compile(answer_loss, dynamic=True), torch.compile(text_loss)
 
 
-def start_from_word_vectors(model, tokenizer, teacher, config):
-    """Set the input embedding of every token that is a word to the teacher's vector of it."""
+def first_embedding(tokenizer, teacher, config):
+    """Where the input embedding begins, (V, H): the teacher's vector of every token that is a word,
+    the others at random."""
     import numpy as np
-    import torch
 
     words = [tokenizer.decode([i]).strip() for i in range(config.vocab_size)]
     vectors = teacher.word_vectors(words)
@@ -686,25 +750,32 @@ def start_from_word_vectors(model, tokenizer, teacher, config):
     _, directions = np.linalg.eigh(centred.T @ centred)  # the largest variance last
     reduced = centred @ directions[:, -config.hidden_size :]  # (K, H) principal components
     reduced *= config.embedding_scale / reduced.std()
-    square = np.random.default_rng(config.seed).normal(size=(config.hidden_size,) * 2)
+    rng = np.random.default_rng(config.seed)
+    square = rng.normal(size=(config.hidden_size,) * 2)
     rotation = np.linalg.qr(square)[0]  # spreads the variance evenly over the dimensions
-    with torch.no_grad():
-        table = model.get_input_embeddings().weight
-        table.normal_(0, config.embedding_scale)
-        table[known] = torch.from_numpy(reduced @ rotation).float()
+    table = config.embedding_scale * rng.normal(size=(config.vocab_size, config.hidden_size))
+    table[known] = reduced @ rotation
+    return table.astype(np.float32)
 
 
-def train(accelerator, model, batches, config, checkpoint):
-    """Run the steps that are left; the seconds of all. Every process calls this."""
+def train(accelerator, model, batches, suffix_length, meaning_size, config, checkpoint):
+    """Run the steps that are left; the seconds of all. Every process calls this.
+
+    batches: `TrainingBatches` of this process.
+    """
     import torch
+    from torch.utils.data import DataLoader
 
-    rank, world = accelerator.process_index, accelerator.num_processes
-    model.set_attn_implementation("eager")  # the CPU's fused attention is slow backwards
-    meaning = torch.nn.Linear(config.hidden_size, batches.meanings.shape[1])
+    world, device = accelerator.num_processes, accelerator.device
+    if device.type == "cpu":
+        model.set_attn_implementation("eager")  # its fused attention is slow backwards
+    torch.set_float32_matmul_precision("high")
+    model.to(device)
+    meaning = torch.nn.Linear(config.hidden_size, meaning_size, device=device)
     optimizers = build_optimizers(model, meaning, config)
     step, earlier = 0, 0.0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, weights_only=True, map_location=device)
         if state["config"] != asdict(config):
             raise UserError(f"{checkpoint} belongs to other settings; remove it to start again")
         model.load_state_dict(state["model"])
@@ -713,22 +784,30 @@ def train(accelerator, model, batches, config, checkpoint):
             optimizer.load_state_dict(saved)
         step, earlier = state["step"], state["seconds"]
         accelerator.print(f"resuming at step {step}", file=sys.stderr)
-    answer_loss, text_loss = losses(model, meaning, len(batches.suffix))
+    end_of_turn = model.config.eos_token_id
+    answer_loss, text_loss = losses(model, meaning, suffix_length)
     parameters = [*model.parameters(), *meaning.parameters()]
-    started, first, averages = time.perf_counter(), step, [0.0, 0.0, 0.0]
+    averages = torch.zeros(3, device=device)
+    started, first = time.perf_counter(), step
 
     def seconds():
         return earlier + time.perf_counter() - started
 
-    while step < config.steps:
+    # A CPU makes its batches between the steps; an accelerator would wait for them.
+    workers = 0 if device.type == "cpu" else max(1, len(os.sched_getaffinity(0)) - 2)
+    loader = DataLoader(
+        batches, batch_size=None, sampler=range(step, config.steps), num_workers=workers
+    )
+    for questions, plain_text in loader:
+        questions = [part.to(device, non_blocking=True) for part in questions]
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):
             group["lr"] = group["peak_lr"] * learning_rate_share(step, config)
-        with torch.autocast("cpu", torch.bfloat16):
-            answer, end, error = answer_loss(*batches.questions(step, rank), batches.eot)
+        with torch.autocast(device.type, torch.bfloat16):
+            answer, end, error = answer_loss(*questions, end_of_turn)
         loss = config.answer_weight * (answer + 0.1 * end) + config.meaning_weight * error
         loss.backward()
-        with torch.autocast("cpu", torch.bfloat16):
-            text = text_loss(batches.plain_text(step, rank))
+        with torch.autocast(device.type, torch.bfloat16):
+            text = text_loss(plain_text.to(device, non_blocking=True))
         text.backward()
         if world > 1:
             flat = torch.cat([p.grad.flatten() for p in parameters])
@@ -742,15 +821,15 @@ def train(accelerator, model, batches, config, checkpoint):
             optimizer.step()
             optimizer.zero_grad()
         step += 1
-        for i, value in enumerate((answer, error, text)):
-            averages[i] += (value.item() - averages[i]) / min(50, step - first)
+        present = torch.stack([answer, error, text]).detach().float()
+        averages += (present - averages) / min(50, step - first)
         if step % 25 == 0 and accelerator.is_main_process:
             per_step = (time.perf_counter() - started) / (step - first)
-            minutes = per_step * (config.steps - step) / 60
+            answer, error, text = averages.tolist()
             print(
-                f"step {step}/{config.steps} answer loss {averages[0]:.4f} meaning "
-                f"{averages[1]:.3f} text {averages[2]:.3f} {per_step:.2f} s/step, "
-                f"{minutes:.0f} min left",
+                f"step {step}/{config.steps} answer loss {answer:.4f} meaning {error:.3f} "
+                f"text {text:.3f} {per_step:.3f} s/step, "
+                f"{per_step * (config.steps - step) / 60:.0f} min left",
                 file=sys.stderr,
                 flush=True,
             )
@@ -864,8 +943,8 @@ It was trained for this project, so that the whole pipeline runs for real on two
 download. It answers yes/no questions about the sentiment of English reviews.
 
 Made by `train_embedded_model.py`: {config["steps"]:,} steps, seed {config["seed"]}, about
-{run["seconds"] / 60:.0f} minutes on {run["processes"]} CPU core(s) after those of the teacher.
-Every number below was measured by `python train_embedded_model.py --data-root DIR --card-only` on
+{run["seconds"] / 60:.0f} minutes on {run["device"]} after those of the teacher.
+Every number below was measured by `python train_embedded_model.py --data-root DIR --stage card` on
 texts that training never saw.
 
 ## Measured
@@ -921,72 +1000,123 @@ praise and mixed opinions, and on short factual texts it guesses, often with con
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
+def prepare(folder, data_root, teacher_name, config):
+    """Write what training needs into `folder`, once: texts in token ids, what the teacher says of
+    them, the tokenizer. With this folder alone a model can be trained elsewhere."""
+    import numpy as np
+
+    from sentence_teacher import SentenceTeacher
+
+    asked, plain = load_corpus(data_root, config.seed)
+    taught = folder / "teacher"
+    if not (taught / "judgements.npz").exists():
+        teach(asked, teacher_name, data_root, taught, config.seed)
+    asked, meanings, known, teacher_accuracy = read_judgements(asked, taught, config)
+    tokenizer = train_tokenizer(plain, config.vocab_size, config.context)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    corpus = corpus_arrays(tokenizer, asked, plain, meanings, known, config)
+    teacher = SentenceTeacher.load(taught / "encoder")
+    with atomic_path(folder / "corpus.npz") as partial, partial.open("wb") as file:
+        np.savez_compressed(
+            file,
+            **corpus,
+            embedding=first_embedding(tokenizer, teacher, config).astype(np.float16),
+            teacher_accuracy=teacher_accuracy,
+            settings=prepared_for(config),
+        )
+
+
+def prepared_for(config):
+    """Identity of the settings on which `prepare` depends."""
+    names = ("vocab_size", "hidden_size", "context", "meaning_size", "label_share", "seed")
+    sources = [asdict(source) for source in SOURCES]
+    return fingerprint([sources, PLAIN_TEXT, MEANING_STEP, *(getattr(config, name) for name in names)])
+
+
+def train_and_save(folder, output, config):
+    """Train (or continue) with what `prepare` wrote; write the model folder."""
+    import numpy as np
+    import torch
+    from accelerate import Accelerator
+    from transformers import AutoTokenizer
+
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    path = folder / "corpus.npz"
+    if not path.exists():
+        raise UserError(f"{path} is missing; run: python train_embedded_model.py --stage prepare")
+    corpus = dict(np.load(path))
+    if corpus["settings"] != prepared_for(config):
+        raise UserError(f"{path} belongs to other settings; remove it to make it again")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    torch.manual_seed(config.seed)
+    model = build_model(tokenizer, config)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(torch.from_numpy(corpus["embedding"]))
+    batches = TrainingBatches(tokenizer, corpus, config, accelerator.process_index)
+    checkpoint, meaning_size = folder / "training.pt", corpus["meaning"].shape[1]
+    seconds = train(
+        accelerator, model, batches, len(batches.suffix), meaning_size, config, checkpoint
+    )
+    if not accelerator.is_main_process:
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(output)
+    model.set_attn_implementation("sdpa")
+    model.to(torch.bfloat16).save_pretrained(output)
+    device = f"{accelerator.num_processes} CPU core(s)"
+    if accelerator.device.type == "cuda":
+        device = f"{accelerator.num_processes} {torch.cuda.get_device_name()}"
+    run = {
+        "config": asdict(config),
+        "parameters": model.num_parameters(),
+        "texts": corpus["source"].tolist(),
+        "teacher": {"sst2_dev_accuracy": float(corpus["teacher_accuracy"])},
+        "seconds": round(seconds),
+        "device": device,
+    }
+    write_json(output / "training.json", run)
+    checkpoint.unlink()
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-root", help="folder with local copies (default: the hub)")
     parser.add_argument("--output", type=Path, default=EMBEDDED_MODEL_DIR, help="model folder")
     parser.add_argument("--steps", type=int, default=EmbeddedTraining.steps, help="training steps")
+    parser.add_argument(
+        "--batch-scale",
+        type=int,
+        default=EmbeddedTraining.batch_scale,
+        help="how many times as many rows a step has; 1 suits two CPU cores",
+    )
     parser.add_argument("--seed", type=int, default=EmbeddedTraining.seed)
     parser.add_argument("--teacher", default=TEACHER, help="hub id or folder of its encoder")
-    parser.add_argument("--teacher-only", action="store_true", help="stop when it has judged")
-    parser.add_argument("--card-only", action="store_true", help="measure and rewrite the card")
+    parser.add_argument(
+        "--stage",
+        choices=STAGES,
+        help="this one alone: prepare needs the data, train what it wrote to "
+        "checkpoints/embedded_model, card the data and the trained model (default: all)",
+    )
     arguments = parser.parse_args(argv)
+    config = EmbeddedTraining(
+        steps=arguments.steps, batch_scale=arguments.batch_scale, seed=arguments.seed
+    )
+    folder = ROOT / "checkpoints" / "embedded_model"
+    stages = STAGES if arguments.stage is None else (arguments.stage,)
     try:
-        if not arguments.card_only and not train_and_save(arguments):
-            return 0  # the teacher alone, or a helper process of torchrun
-        run = read_json(arguments.output / "training.json", "train the model first")
-        measured = measure(arguments.output, arguments.data_root)
-        write_json(arguments.output / "training.json", run | {"measured": measured})
-        write_card(arguments.output, run, measured)
+        if "prepare" in stages and not (folder / "corpus.npz").exists():
+            prepare(folder, arguments.data_root, arguments.teacher, config)
+        if "train" in stages:
+            train_and_save(folder, arguments.output, config)
+        if "card" in stages:
+            run = read_json(arguments.output / "training.json", "train the model first")
+            measured = measure(arguments.output, arguments.data_root)
+            write_json(arguments.output / "training.json", run | {"measured": measured})
+            write_card(arguments.output, run, measured)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{arguments.output}: {(arguments.output / 'README.md').stat().st_size} bytes of card")
     return 0
-
-
-def train_and_save(arguments):
-    """Train (or continue) and write the model folder; False if this process does not write it."""
-    import torch
-    from accelerate import Accelerator
-
-    from sentence_teacher import SentenceTeacher
-
-    accelerator = Accelerator(cpu=True)
-    config = EmbeddedTraining(steps=arguments.steps, seed=arguments.seed)
-    asked, plain = load_corpus(arguments.data_root, config.seed)
-    folder = ROOT / "checkpoints" / "teacher"
-    alone = accelerator.num_processes == 1  # others would give up waiting
-    if alone and not (folder / "judgements.npz").exists():
-        teach(asked, arguments.teacher, arguments.data_root, folder, config.seed)
-    if arguments.teacher_only:
-        return False
-    asked, meanings, known, teacher_accuracy = read_judgements(asked, folder, config)
-    tokenizer = train_tokenizer(plain, config.vocab_size, config.context)
-    torch.manual_seed(config.seed)
-    model = build_model(tokenizer, config)
-    start_from_word_vectors(model, tokenizer, SentenceTeacher.load(folder / "encoder"), config)
-    checkpoint = ROOT / "checkpoints" / "embedded_model.pt"
-    batches = TrainingBatches(tokenizer, asked, plain, meanings, known, config)
-    seconds = train(accelerator, model, batches, config, checkpoint)
-    if not accelerator.is_main_process:
-        return False
-    output = arguments.output
-    output.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(output)
-    model.set_attn_implementation("sdpa")
-    model.to(torch.bfloat16).save_pretrained(output)
-    run = {
-        "config": asdict(config),
-        "parameters": model.num_parameters(),
-        "texts": [len(rows) for rows in asked],
-        "teacher": {"sst2_dev_accuracy": teacher_accuracy},
-        "seconds": round(seconds),
-        "processes": accelerator.num_processes,
-    }
-    write_json(output / "training.json", run)
-    checkpoint.unlink()
-    return True
 
 
 if __name__ == "__main__":

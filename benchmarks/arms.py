@@ -268,6 +268,27 @@ def whole(folder, texts, dtype="float32"):
     return lambda: np.exp([p.label_logprobs for p in classifier.classify_batch(texts)])
 
 
+def multiplied(model):
+    """Weights of the model's linear layers: ([for every token], [at a wanted position alone])."""
+    import torch
+
+    from engine import position_wise
+
+    def weights(module):
+        return [x.weight for x in module.modules() if isinstance(x, torch.nn.Linear)]
+
+    once = [*weights(model.get_output_embeddings())]
+    once += [w for part in position_wise(model) for w in weights(part)]
+    apart = set(map(id, once))
+    return [w for w in weights(model) if id(w) not in apart], once
+
+
+def operations(model, tokens, positions):
+    """Of the matrix products that so many tokens, and so many wanted positions, need."""
+    often, once = multiplied(model)
+    return 2 * (tokens * sum(w.numel() for w in often) + positions * sum(w.numel() for w in once))
+
+
 def matrix_rate(folder, sequences, prefix):
     """→ run() → what share of the machine's matrix-product rate the engine reaches.
 
@@ -284,17 +305,10 @@ def matrix_rate(folder, sequences, prefix):
     import torch
     from torch.nn.functional import linear
 
-    from engine import intra_op_threads, position_wise
+    from engine import intra_op_threads
 
     classifier = classifier_of(folder)
-    own, head = classifier.engine, classifier.model.get_output_embeddings()
-
-    def weights(module):
-        return [x.weight for x in module.modules() if isinstance(x, torch.nn.Linear)]
-
-    once = [head.weight, *(w for part in position_wise(classifier.model) for w in weights(part))]
-    apart = set(map(id, once))
-    often = [w for w in weights(classifier.model) if id(w) not in apart]
+    own, (often, once) = classifier.engine, multiplied(classifier.model)
     tails = [len(ids) - len(prefix) for ids in sequences]
     tokens, rows = own.budget, max(1, own.budget * len(tails) // sum(tails))
     inputs = {n: torch.randn(tokens, n) for n in {w.shape[1] for w in once + often}}
@@ -306,10 +320,8 @@ def matrix_rate(folder, sequences, prefix):
             for weight in once:
                 linear(inputs[weight.shape[1]][:rows], weight)
 
-    def operations(tokens, rows):
-        return 2 * (tokens * sum(w.numel() for w in often) + rows * sum(w.numel() for w in once))
-
-    one_batch, needed = operations(tokens, rows), operations(sum(tails), len(tails))
+    one_batch = operations(classifier.model, tokens, rows)
+    needed = operations(classifier.model, sum(tails), len(tails))
     batches = own.workers * max(1, round(needed / one_batch / own.workers))
     classify = engine(folder, sequences, prefix, classifier.encoder.label_ids)
 
@@ -395,12 +407,16 @@ def training_rows(n):
 
 def fine_tuning(folder, n_rows):
     """One epoch over n rows as fine_tune_model.py trains."""
+    classifier = classifier_of(folder)
+    return epoch(classifier, lora(classifier), n_rows)
+
+
+def epoch(classifier, training, n_rows):
+    """→ run() → one epoch over n rows; classifier: with the adapter to train."""
     import torch
 
     from fine_tune_model import AnswerBatches, answer_loss
 
-    classifier = classifier_of(folder)
-    training = lora(classifier)
     share = classifier.engine.shares_prefix
     model = classifier.model.train()
     optimizer, trained = optimizer_of(model, training)
@@ -409,11 +425,12 @@ def fine_tuning(folder, n_rows):
     ).epoch(0)
 
     def run():
-        for batch in batches:
-            answer_loss(model, batch, share).backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+        for number, batch in enumerate(batches, 1):
+            (answer_loss(model, batch, share) / training.accumulation).backward()
+            if number % training.accumulation == 0 or number == len(batches):
+                torch.nn.utils.clip_grad_norm_(trained, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
 
     return run
 

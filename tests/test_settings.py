@@ -468,8 +468,8 @@ LARGE_MODEL = {
     "dropout": 0.1,
     "target_modules": "all-linear",
     "learning_rate": 2e-4,
-    "batch_size": 4,
-    "accumulation": 4,
+    "batch_size": 16,
+    "accumulation": 1,
 }
 
 

@@ -12,11 +12,13 @@ from transformers import BertConfig, BertModel, BertTokenizer
 from sentence_teacher import SentenceTeacher
 from settings import EMBEDDED_MODEL_DIR, ROOT, SENTIMENT, UserError
 from train_embedded_model import (
+    MEANING_STEP,
     SOURCES,
     EmbeddedTraining,
     TrainingBatches,
-    build_model,
     closing_sentences,
+    corpus_arrays,
+    first_embedding,
     learning_rate_share,
     main,
     normalised,
@@ -24,18 +26,17 @@ from train_embedded_model import (
     read_judgements,
     read_rows,
     rejoin,
-    start_from_word_vectors,
     teach,
     tokenised,
 )
 
 SHARED = ROOT.parent / "shared" / "data"
-WORDS = ["good", "bad", "fine", "poor", "film", "book", "hotel", "meal", "song"]
+WORDS = ["good", "bad", "fine", "poor", "film", "book", "hotel", "meal", "song", "tea"]
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    """A random BERT of nine words, as a hub model lies on disk."""
+    """A random BERT of ten words, as a hub model lies on disk."""
     folder = tmp_path_factory.mktemp("encoder")
     special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
     vocabulary = {word: number for number, word in enumerate((*special, *WORDS))}
@@ -129,8 +130,9 @@ def test_judgements_are_mixed_with_labels(judged):
     config = EmbeddedTraining(label_share=0.5, meaning_size=3)
     asked, meanings, known, accuracy = read_judgements(corpus(), judged, config)
     assert known.tolist() == [True, False, True] * len(SOURCES) and accuracy in (0, 1)
-    assert meanings[known].astype(float).mean(0) == pytest.approx(0, abs=1e-2)
-    assert np.cov(meanings[known].T.astype(float), bias=True) == pytest.approx(np.eye(3), abs=1e-2)
+    values = MEANING_STEP * meanings[known]
+    assert values.mean(0) == pytest.approx(0, abs=MEANING_STEP / 2)
+    assert np.cov(values.T, bias=True) == pytest.approx(np.eye(3), abs=MEANING_STEP / 2)
     assert not meanings[~known].any()
     alone = read_judgements(corpus(), judged, replace(config, label_share=0.0))[0]
     for rows, taught in zip(asked, alone, strict=True):
@@ -142,7 +144,7 @@ def test_judgements_are_mixed_with_labels(judged):
 def test_judgements_of_other_texts_are_refused(judged, tmp_path):
     with pytest.raises(UserError, match="belongs to other texts"):
         read_judgements(corpus()[1:], judged, EmbeddedTraining())
-    with pytest.raises(UserError, match="--teacher-only"):
+    with pytest.raises(UserError, match="--stage prepare"):
         read_judgements(corpus(), tmp_path, EmbeddedTraining())
 
 
@@ -151,10 +153,8 @@ def test_word_vectors_start_the_embedding(encoder):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL_DIR)
-    config = EmbeddedTraining(hidden_size=32, layers=1, heads=2, feed_forward=32)
-    model, teacher = build_model(tokenizer, config), SentenceTeacher(str(encoder))
-    start_from_word_vectors(model, tokenizer, teacher, config)
-    table = model.get_input_embeddings().weight.detach().numpy()
+    config, teacher = EmbeddedTraining(hidden_size=32), SentenceTeacher(str(encoder))
+    table = first_embedding(tokenizer, teacher, config)
     names = [tokenizer.decode([i]).strip().lower() for i in range(config.vocab_size)]
     ids = [i for i, name in enumerate(names) if name in WORDS]
     wanted = teacher.word_vectors([names[i] for i in ids])
@@ -183,7 +183,7 @@ def test_learning_rate_rises_then_falls():
 
 def without_teacher(asked):
     n = sum(map(len, asked))
-    return np.zeros((n, 4), dtype=np.float16), np.zeros(n, dtype=bool)
+    return np.zeros((n, 4), dtype=np.int8), np.zeros(n, dtype=bool)
 
 
 def test_batches_are_a_pure_function_of_seed_step_and_rank():
@@ -200,7 +200,10 @@ def test_batches_are_a_pure_function_of_seed_step_and_rank():
     config = EmbeddedTraining(steps=10)
     meanings, known = without_teacher(asked)
     first, second = (
-        TrainingBatches(tokenizer, asked, plain, meanings, known, config) for _ in range(2)
+        TrainingBatches(
+            tokenizer, corpus_arrays(tokenizer, asked, plain, meanings, known, config), config
+        )
+        for _ in range(2)
     )
     for step in (0, 9):
         for a, b in zip(first.questions(step, 0), second.questions(step, 0), strict=True):
@@ -229,7 +232,8 @@ def test_a_text_is_answered_as_probably_as_it_is_positive():
     config = EmbeddedTraining(steps=20, word_dropout=0.0, negated_from=0.0)
     meanings, known = without_teacher(asked)
     meanings += np.repeat(np.arange(len(SOURCES)), 5)[:, None]  # the number of the source
-    batches = TrainingBatches(tokenizer, asked, plain | {"labelled": []}, meanings, ~known, config)
+    texts = corpus_arrays(tokenizer, asked, plain | {"labelled": []}, meanings, ~known, config)
+    batches = TrainingBatches(tokenizer, texts, config)
     seen = set()
     for step in range(20):
         questions = batches.questions(step, 0)
@@ -237,9 +241,9 @@ def test_a_text_is_answered_as_probably_as_it_is_positive():
         for row, target, meaning in zip(
             questions.tails.tolist(), questions.targets, questions.meanings, strict=True
         ):
-            number = int(re.search(r"Source (\d)", tokenizer.decode(row))[1])
+            number = int(re.search(r"Source (\d+)", tokenizer.decode(row))[1])
             assert float(target[:3].sum()) == pytest.approx(share[number])
-            assert meaning.tolist() == [number] * 4
+            assert meaning.tolist() == [number * MEANING_STEP] * 4
             seen.add(number)
     assert seen == set(range(len(SOURCES)))
 
