@@ -7,7 +7,7 @@ or stage by stage, the second one on two processes here or, with what the first 
 checkpoints/embedded_model, on a machine with a GPU:
 
     python train_embedded_model.py --stage prepare --data-root DIR
-    torchrun --nproc_per_node 2 train_embedded_model.py --stage train --steps 1600
+    torchrun --nproc_per_node 2 train_embedded_model.py --stage train
     python train_embedded_model.py --stage card --data-root DIR
 
 Every step of a process adds the gradients of one batch of plain text (next-token loss) and one
@@ -32,7 +32,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +84,7 @@ class EmbeddedTraining:
     heads: int = 4
     feed_forward: int = 704
     context: int = 512
-    steps: int = 3000
+    steps: int = 1500
     learning_rate: float = 2e-3  # AdamW: embedding and norms
     matrix_learning_rate: float = 4e-3  # Muon: the matrices of the layers
     warmup_steps: int = 150
@@ -196,6 +196,7 @@ MEANING_STEP = 0.5  # standard deviations: whole numbers of it, in a byte, are e
 DEV = ("sst2/dev.jsonl", ("stanfordnlp/sst2", "validation", "sentence"))
 IMDB_TEST = ("imdb/test_slice.jsonl.gz", ("stanfordnlp/imdb", "test", "text"))
 ANSWER_CASE_WEIGHTS = (0.8, 0.12, 0.08)  # Yes, yes, YES
+GPU_BATCH_SCALE = 16
 LENGTH_BUCKETS = (  # (longest text in tokens, rows of a batch, share of the steps)
     (12, 160, 0.26),
     (24, 128, 0.28),
@@ -942,8 +943,9 @@ vocabulary {config["vocab_size"]:,}, context {config["context"]} tokens, tied em
 It was trained for this project, so that the whole pipeline runs for real on two CPU cores without a
 download. It answers yes/no questions about the sentiment of English reviews.
 
-Made by `train_embedded_model.py`: {config["steps"]:,} steps, seed {config["seed"]}, about
-{run["seconds"] / 60:.0f} minutes on {run["device"]} after those of the teacher.
+Made by `train_embedded_model.py`: {run["step"]:,} of {config["steps"]:,} steps of batch scale
+{config["batch_scale"]}, seed {config["seed"]}, about {run["seconds"] / 60:.0f} minutes on {run["device"]}
+after those of the teacher.
 Every number below was measured by `python train_embedded_model.py --data-root DIR --stage card` on
 texts that training never saw.
 
@@ -1033,14 +1035,19 @@ def prepared_for(config):
     return fingerprint([sources, PLAIN_TEXT, MEANING_STEP, *(getattr(config, name) for name in names)])
 
 
-def train_and_save(folder, output, config):
-    """Train (or continue) with what `prepare` wrote; write the model folder."""
+def train_and_save(folder, output, config, batch_scale=None):
+    """Train (or continue) with what `prepare` wrote; write the model folder.
+
+    batch_scale: by default what the device is for.
+    """
     import numpy as np
     import torch
     from accelerate import Accelerator
     from transformers import AutoTokenizer
 
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    gpu = torch.cuda.is_available()
+    config = replace(config, batch_scale=batch_scale or (GPU_BATCH_SCALE if gpu else 1))
+    accelerator = Accelerator(cpu=not gpu)
     path = folder / "corpus.npz"
     if not path.exists():
         raise UserError(f"{path} is missing; run: python train_embedded_model.py --stage prepare")
@@ -1064,10 +1071,11 @@ def train_and_save(folder, output, config):
     model.set_attn_implementation("sdpa")
     model.to(torch.bfloat16).save_pretrained(output)
     device = f"{accelerator.num_processes} CPU core(s)"
-    if accelerator.device.type == "cuda":
+    if gpu:
         device = f"{accelerator.num_processes} {torch.cuda.get_device_name()}"
     run = {
         "config": asdict(config),
+        "step": config.steps,
         "parameters": model.num_parameters(),
         "texts": corpus["source"].tolist(),
         "teacher": {"sst2_dev_accuracy": float(corpus["teacher_accuracy"])},
@@ -1086,8 +1094,7 @@ def main(argv=None):
     parser.add_argument(
         "--batch-scale",
         type=int,
-        default=EmbeddedTraining.batch_scale,
-        help="how many times as many rows a step has; 1 suits two CPU cores",
+        help=f"how many times as many rows a step has (default: {GPU_BATCH_SCALE} on a GPU, else 1)",
     )
     parser.add_argument("--seed", type=int, default=EmbeddedTraining.seed)
     parser.add_argument("--teacher", default=TEACHER, help="hub id or folder of its encoder")
@@ -1098,16 +1105,14 @@ def main(argv=None):
         "checkpoints/embedded_model, card the data and the trained model (default: all)",
     )
     arguments = parser.parse_args(argv)
-    config = EmbeddedTraining(
-        steps=arguments.steps, batch_scale=arguments.batch_scale, seed=arguments.seed
-    )
+    config = EmbeddedTraining(steps=arguments.steps, seed=arguments.seed)
     folder = ROOT / "checkpoints" / "embedded_model"
     stages = STAGES if arguments.stage is None else (arguments.stage,)
     try:
         if "prepare" in stages and not (folder / "corpus.npz").exists():
             prepare(folder, arguments.data_root, arguments.teacher, config)
         if "train" in stages:
-            train_and_save(folder, arguments.output, config)
+            train_and_save(folder, arguments.output, config, arguments.batch_scale)
         if "card" in stages:
             run = read_json(arguments.output / "training.json", "train the model first")
             measured = measure(arguments.output, arguments.data_root)

@@ -28,6 +28,7 @@ from report import (
 from settings import CACHE_DIR, EMBEDDED_MODEL_DIR, ROOT, UserError
 
 README = ROOT / "README.md"
+ACCELERATORS = ROOT / "benchmarks" / "accelerator.json"
 EXAMPLES = {  # block: the command whose output it is
     "confident": [
         "logprob_demo_cli.py",
@@ -312,12 +313,28 @@ def cost_block():
     return "\n".join(lines)
 
 
+def accelerator_block():
+    """One sentence for every accelerator of benchmarks/accelerator.json."""
+    results = read_json(ACCELERATORS, "run: python benchmarks/accelerator.py")
+    sentences = []
+    for found in results["accelerators"]:
+        classified, (trained, *larger) = found["classification"][0], found["training"]
+        more = "".join(f" and {row['per_sec']:.0f} in {row['arm']}" for row in larger)
+        sentences.append(
+            f"Measured on one {found['accelerator']}, Llama-3.1-8B's shape with random weights in "
+            f"bfloat16:\n{classified['per_sec']:.0f} texts/s classified, "
+            f"{classified['share_of_limit']:.0%} of what its matrix products allow; LoRA training "
+            f"{trained['per_sec']:.0f}\nexamples/s in batches as they are by default{more}."
+        )
+    return "\n".join(sentences)
+
+
 def embedded_block():
     run = read_json(EMBEDDED_MODEL_DIR / "training.json", "run: python train_embedded_model.py")
     dev, imdb = run["measured"]["sst2_dev"], run["measured"]["imdb_test_slice"]
     return (
         f"{run['parameters']:,} parameters, bfloat16, trained for about {run['seconds'] / 60:.0f} "
-        f"minutes on {run['processes']} CPU core(s).\nOn texts it never saw: SST-2 development set "
+        f"minutes on {run['device']}.\nOn texts it never saw: SST-2 development set "
         f"accuracy {with_interval(dev['accuracy'])}, ECE\n{with_interval(dev['ece'])} (perfect: "
         f"{dev['ece']['null_mean']:.3f}), label mass {dev['label_mass']:.4f}; {imdb['n']:,} IMDB\n"
         f"test reviews: accuracy {with_interval(imdb['accuracy'])}, ECE "
@@ -345,6 +362,7 @@ BLOCKS = {
     "finetuning": finetuning_block,
     "signals": signals_block,
     "cost": cost_block,
+    "accelerator": accelerator_block,
     "embedded": embedded_block,
 }
 

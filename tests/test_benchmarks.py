@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import arms, speed
+from benchmarks import accelerator, arms, speed
 from benchmarks.workers import Tally, Turn, Worker, ratios, take_turns
 from settings import EMBEDDED_MODEL_DIR, ROOT, UserError
 
@@ -165,6 +165,45 @@ def test_bad_usage_is_exit_code_2(arguments):
     done = run(*arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("usage: ") and "Traceback" not in done.stderr
+
+
+def test_the_document_shows_every_accelerator_that_was_measured():
+    text = accelerator.DOCUMENT.read_text(encoding="utf-8")
+    block = text.partition("<!-- measured: accelerator -->\n")[2].partition("<!-- /measured -->")[0]
+    results = json.loads(accelerator.RESULTS.read_text(encoding="utf-8"))
+    assert block.strip() == accelerator.tables(results)
+
+
+def test_the_operations_of_a_text_are_those_of_its_tokens_and_one_answer():
+    model = arms.classifier_of(EMBEDDED_MODEL_DIR).model
+    config, hidden = model.config, model.config.hidden_size
+    attention, mlp = 4 * hidden**2, 3 * hidden * config.intermediate_size
+    last = 2 * hidden**2 + mlp  # queries, output, feed-forward: not its keys and values
+    every = config.num_hidden_layers * (attention + mlp) - last
+    once = config.vocab_size * hidden + last
+    assert arms.operations(model, 0, 1) == 2 * once
+    assert arms.operations(model, 31, 1) == 2 * (31 * every + once)
+
+
+def test_a_quick_run_on_any_device_adds_its_results(tmp_path, capsys):
+    path = tmp_path / "accelerator.json"
+    path.write_text('{"accelerators": [{"accelerator": "another"}]}', encoding="utf-8")
+    assert accelerator.main(["--quick", "--output", str(path)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = json.loads(path.read_text(encoding="utf-8"))["accelerators"]
+    assert rows == [{"accelerator": "another"}, found]
+    for row in (*found["classification"], *found["training"]):
+        assert row["per_sec"] > 0 and 0 < row["share_of_limit"] < 1
+    assert "this engine" in found["classification"][0]["arm"]
+    assert "not shared" not in found["classification"][0]["arm"]
+
+
+def test_without_an_accelerator_one_line_says_what_to_do(monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert accelerator.main([]) == 1
+    assert "--quick" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ import fine_tune_model
 from calibration import PlattScalingCalibrator
 from conftest import ARCHITECTURES
 from dataset_loader import load_splits
-from engine import FeatureDropout, divide_layers
+from engine import FeatureDropout, divide_layers, training_bytes
 from fine_tune_model import (
     AnswerBatches,
     Checkpoint,
@@ -38,6 +38,7 @@ from fine_tune_model import (
     label_logprobs,
     label_smoothing_loss,
     learning_rate_at,
+    spare_memory,
     training_dtype,
     training_loss,
 )
@@ -989,6 +990,52 @@ def test_a_divided_model_has_the_gradients_of_the_whole_one(
     assert divided_probability == pytest.approx(probability, abs=1e-5)
     assert float((divided_gradient - gradient).norm() / gradient.norm()) < 1e-5
     assert float(gradient.norm()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_activations_are_computed_again_where_memory_would_not_hold_them(
+    tiny_model_folder, monkeypatch, name
+):
+    """More memory is reckoned with than a batch keeps; the gradients are the same."""
+    classifier = TransformerLogprobsClassifier(replace(MODEL, model=str(tiny_model_folder(name))))
+    model = classifier.model = fine_tune_model.add_adapter(
+        classifier, TrainingSettings(dropout=0.0).for_model(1e9)
+    )
+    (batch,) = AnswerBatches(classifier.encoders, EXAMPLES, batch_size=64, seed=0).epoch(0)
+    longest = max(len(row.prompt) for row in batch)
+    needed = training_bytes(model, len(batch) * longest, longest)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def kept_and_gradient(share):
+        """Bytes of the forward pass's activations that live until the backward pass."""
+        kept = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        model.eval()  # GPT-2 has dropout of its own
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = answer_loss(model, batch, share)
+        total = sum(kept.values())
+        loss.backward()
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        return total, torch.cat(gradients)
+
+    monkeypatch.setattr("engine.free_memory", lambda device: 2 * needed)
+    spare_memory(model, [batch], divided=False)
+    assert not model.is_activation_checkpointing
+    kept, plain = kept_and_gradient(share=False)
+    assert kept < needed < 10 * kept
+    monkeypatch.setattr("engine.free_memory", lambda device: 2 * needed - 2)
+    spare_memory(model, [batch], divided=False)
+    assert model.is_activation_checkpointing
+    model.train()
+    _, again = kept_and_gradient(share=False)
+    assert float((again - plain).norm() / plain.norm()) < 1e-5
 
 
 def test_a_model_that_does_not_name_its_layers_is_not_divided():
