@@ -436,7 +436,7 @@ class TrainingSettings:
         "(default: all-linear+embeddings below 1 billion parameters, else all-linear)",
     )
     learning_rate: float | None = setting(
-        None, "peak learning rate (default: 7e-4 below 1 billion parameters, else 2e-4)"
+        None, "peak learning rate (default: 3e-4 below 1 billion parameters, else 2e-4)"
     )
     epochs: int = setting(2, "passes over the training rows")
     batch_size: int | None = setting(
@@ -478,7 +478,7 @@ class TrainingSettings:
             "rank": rank,
             "alpha": 2 * rank,
             "dropout": 0.1 if large else 0.3,
-            "learning_rate": 2e-4 if large else 7e-4,
+            "learning_rate": 2e-4 if large else 3e-4,
             "batch_size": 16 if large else 32,
             "target_modules": "all-linear" if large else "all-linear+embeddings",
         }

@@ -458,7 +458,7 @@ SMALL_MODEL = {
     "alpha": 128,
     "dropout": 0.3,
     "target_modules": "all-linear+embeddings",
-    "learning_rate": 7e-4,
+    "learning_rate": 3e-4,
     "batch_size": 32,
     "accumulation": 1,
 }
