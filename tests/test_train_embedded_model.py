@@ -13,6 +13,7 @@ from sentence_teacher import SentenceTeacher
 from settings import EMBEDDED_MODEL_DIR, ROOT, SENTIMENT, UserError
 from train_embedded_model import (
     MEANING_STEP,
+    PLAIN_TEXT,
     SOURCES,
     EmbeddedTraining,
     TrainingBatches,
@@ -22,12 +23,14 @@ from train_embedded_model import (
     learning_rate_share,
     main,
     normalised,
+    prepared_for,
     question_tasks,
     read_judgements,
     read_rows,
     rejoin,
     teach,
     tokenised,
+    train_and_save,
 )
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -248,9 +251,69 @@ def test_a_text_is_answered_as_probably_as_it_is_positive():
     assert seen == set(range(len(SOURCES)))
 
 
-def test_missing_data_is_one_clear_error(tmp_path, capsys):
+@pytest.fixture
+def prepared(tmp_path):
+    """(a folder as `prepare` leaves it, for a tiny model of 4 steps; its settings)."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL_DIR)
+    shape = {"hidden_size": 32, "layers": 1, "heads": 2, "feed_forward": 32}
+    text = {"plain_text_rows": 2, "plain_text_tokens": 16}
+    config = EmbeddedTraining(**shape, **text, steps=4, warmup_steps=1, checkpoint_every=2)
+    texts = [f"review number {i} " + "good " * 4 * i for i in range(100)]
+    asked = [[(t, (i % 3) / 2) for i, t in enumerate(texts)] for _ in SOURCES]
+    plain = dict.fromkeys((name for name, _ in PLAIN_TEXT), texts)
+    corpus = corpus_arrays(tokenizer, asked, plain, *without_teacher(asked), config)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    np.savez(
+        tmp_path / "corpus.npz",
+        **corpus,
+        embedding=np.zeros((config.vocab_size, 32), dtype=np.float16) + 0.1,
+        teacher_accuracy=0.9,
+        settings=prepared_for(config),
+    )
+    return tmp_path, config
+
+
+def test_an_interrupted_training_ends_as_one_that_ran_through(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # it takes a minute
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # whose sums vary
+    folder, config = prepared
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    train_and_save(folder, once, config)
+    assert not (folder / "training.pt").exists()
+
+    def interrupt(step, config):
+        if step == 3:
+            raise KeyboardInterrupt
+        return learning_rate_share(step, config)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("train_embedded_model.learning_rate_share", interrupt)
+        train_and_save(folder, twice, config)
+    assert not twice.exists() and (folder / "training.pt").exists()
+    with pytest.raises(UserError, match="other settings; remove it"):
+        train_and_save(folder, twice, replace(config, learning_rate=1.0))
+    train_and_save(folder, twice, config)
+    weights = [(path / "model.safetensors").read_bytes() for path in (once, twice)]
+    assert weights[0] == weights[1]
+    run = json.loads((twice / "training.json").read_text(encoding="utf-8"))
+    assert run["step"] == 4 and run["config"]["batch_scale"] == 1
+    assert run["device"] == "1 CPU core(s)" and run["texts"] == [100] * len(SOURCES)
+
+
+def test_training_wants_what_was_prepared_for_its_settings(prepared, tmp_path):
+    folder, config = prepared
+    with pytest.raises(UserError, match="other settings; remove it"):
+        train_and_save(folder, tmp_path / "out", replace(config, label_share=0.1))
+    with pytest.raises(UserError, match="--stage prepare"):
+        train_and_save(tmp_path / "none", tmp_path / "out", config)
+
+
+def test_missing_data_is_one_clear_error(tmp_path, capsys, monkeypatch):
     with pytest.raises(UserError, match="is missing"):
         read_rows(tmp_path, "sst2/dev.jsonl", ("stanfordnlp/sst2", "validation", "sentence"))
+    monkeypatch.setattr("train_embedded_model.ROOT", tmp_path)  # nothing was prepared there
     assert main(["--data-root", str(tmp_path)]) == 1
     assert "error:" in capsys.readouterr().err
 
