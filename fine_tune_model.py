@@ -415,7 +415,7 @@ def spare_memory(model, batches, divided):
     if divided:
         scarce = any(gather_object([scarce]))
     if scarce:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
         model.enable_input_require_grads()
 
 

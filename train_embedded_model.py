@@ -944,8 +944,8 @@ It was trained for this project, so that the whole pipeline runs for real on two
 download. It answers yes/no questions about the sentiment of English reviews.
 
 Made by `train_embedded_model.py`: {run["step"]:,} of {config["steps"]:,} steps of batch scale
-{config["batch_scale"]}, seed {config["seed"]}, about {run["seconds"] / 60:.0f} minutes on {run["device"]}
-after those of the teacher.
+{config["batch_scale"]}, seed {config["seed"]}, about {run["seconds"] / 60:.0f} minutes on
+{run["device"]} after those of the teacher.
 Every number below was measured by `python train_embedded_model.py --data-root DIR --stage card` on
 texts that training never saw.
 
@@ -1032,7 +1032,9 @@ def prepared_for(config):
     """Identity of the settings on which `prepare` depends."""
     names = ("vocab_size", "hidden_size", "context", "meaning_size", "label_share", "seed")
     sources = [asdict(source) for source in SOURCES]
-    return fingerprint([sources, PLAIN_TEXT, MEANING_STEP, *(getattr(config, name) for name in names)])
+    return fingerprint(
+        [sources, PLAIN_TEXT, MEANING_STEP, *(getattr(config, name) for name in names)]
+    )
 
 
 def train_and_save(folder, output, config, batch_scale=None):
@@ -1094,7 +1096,7 @@ def main(argv=None):
     parser.add_argument(
         "--batch-scale",
         type=int,
-        help=f"how many times as many rows a step has (default: {GPU_BATCH_SCALE} on a GPU, else 1)",
+        help=f"rows of a step, as a multiple (default: {GPU_BATCH_SCALE} on a GPU, else 1)",
     )
     parser.add_argument("--seed", type=int, default=EmbeddedTraining.seed)
     parser.add_argument("--teacher", default=TEACHER, help="hub id or folder of its encoder")

@@ -451,7 +451,7 @@ def reference_fine_tuning(folder, n_rows, accumulation=16):
     for module in model.modules():
         if isinstance(module, FeatureDropout):
             module.__class__ = torch.nn.Dropout  # what PEFT chooses
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model.enable_input_require_grads()
     optimizer, trained = optimizer_of(model, training)
     rows = AnswerBatches(classifier.encoders, training_rows(n_rows), 1, 0).epoch(0)

@@ -970,7 +970,7 @@ def test_a_divided_model_has_the_gradients_of_the_whole_one(
         if isinstance(module, torch.nn.Dropout):  # of GPT-2 itself
             module.p = 0.0
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
         model.enable_input_require_grads()
     rows = AnswerBatches(classifier.encoders, EXAMPLES, batch_size=8, seed=0).orders[0]
 

@@ -383,9 +383,9 @@ def test_the_last_layer_stays_whole_where_it_has_to(tiny_model_folder):
         with torch.inference_mode():
             found = [next_token_logits(model, ROWS, uneven), next_token_logits(model, equal, every)]
             after = model(ids, output_hidden_states=True).hidden_states[-1]
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
         next_token_logits(model.train(), ROWS).sum().backward()
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
         model.hf_device_map = {"model": 0, "lm_head": 1}  # the path alone: there is one device
         with torch.inference_mode():
             next_token_logits(model, ROWS)
