@@ -13,7 +13,9 @@ import logging
 import math
 import os
 import pickle
+import signal
 import socket
+import sys
 from contextlib import contextmanager
 
 from settings import UserError
@@ -72,9 +74,29 @@ class Cluster:
             compute=ray.data.ActorPoolStrategy(size=self.workers),
             **self.share,
         )
-        with user_errors():
+        with user_errors(), quiet_end():
             for row in answers.iter_rows():
                 yield pickle.loads(row["chunk"])
+
+
+@contextmanager
+def quiet_end():
+    """After an interruption inside the block nothing more reaches stdout.
+
+    Ray ends its workers then, and reports there, from a thread of its own, every task that this
+    breaks off.
+    """
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(number, frame):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends, and soon
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def connect(address):
