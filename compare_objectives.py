@@ -19,8 +19,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from records import P_TRUE, TOKEN_PROBABILITY, atomic_path, versions, write_json
-from report import few_groups_warnings, markdown_table, prose, rewritten, with_interval
+from records import P_TRUE, TOKEN_PROBABILITY, versions, write_json
+from report import few_groups_warnings, markdown_table, prose, rewrite_document, with_interval
 from settings import (
     OBJECTIVES,
     ROOT,
@@ -350,11 +350,8 @@ def tables(numbers):
 
 def update_document(numbers):
     """Rewrite the measured block of docs/OBJECTIVES.md, and docs/objectives.json beside it."""
-    text = DOCUMENT.read_text(encoding="utf-8")
-    new = rewritten(text, {"objectives": tables(numbers)}, DOCUMENT.name)
+    rewrite_document(DOCUMENT, {"objectives": tables(numbers)})
     write_json(DOCUMENT_NUMBERS, numbers)
-    with atomic_path(DOCUMENT) as partial:
-        partial.write_text(new, encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------- the command

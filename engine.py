@@ -608,11 +608,9 @@ def token_budget(model, workers, batch_tokens=None):
 
 
 def free_memory(device):
-    """Bytes that are free; infinite where nobody says."""
+    """Bytes that are free; Apple's GPUs (mps) share the memory of the CPU."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    if device != "cpu":
-        return math.inf
     free = psutil.virtual_memory().available
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container
     if limit.exists() and (most := limit.read_text().strip()) != "max":

@@ -87,6 +87,9 @@ def quiet_end():
     breaks off.
     """
     before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # ignored, or another program's matter
+        yield
+        return
 
     def interrupt(number, frame):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends, and soon

@@ -7,7 +7,7 @@ import re
 import textwrap
 from pathlib import Path
 
-from records import MODEL_FILES, load_results, read_json
+from records import MODEL_FILES, atomic_path, load_results, read_json
 from settings import UserError
 
 METHODS = ("raw", "platt", "isotonic")
@@ -82,6 +82,13 @@ def rewritten(text: str, blocks: dict[str, str], file: str) -> str:
             )
         text = text.replace(pairs[0], f"{begin}{content}\n{end}")
     return text
+
+
+def rewrite_document(path: Path, blocks: dict[str, str]) -> None:
+    """`rewritten` of a file, whole or not at all. Raises UserError."""
+    new = rewritten(path.read_text(encoding="utf-8"), blocks, path.name)
+    with atomic_path(path) as partial:
+        partial.write_text(new, encoding="utf-8")
 
 
 def metrics_by_model(cache_dir: Path) -> dict:

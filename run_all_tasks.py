@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from records import LOW_LABEL_MASS, atomic_path, read_json, versions, write_json
-from report import MODEL_TITLES, markdown_table, percent, prose, rewritten, with_interval
+from report import MODEL_TITLES, markdown_table, percent, prose, rewrite_document, with_interval
 from settings import (
     ROOT,
     DataSettings,
@@ -254,11 +254,8 @@ def tables(numbers):
 
 def update_document(numbers):
     """Rewrite the measured block of docs/TASKS.md, and docs/tasks.json beside it."""
-    text = DOCUMENT.read_text(encoding="utf-8")
-    new = rewritten(text, {"tasks": tables(numbers)}, DOCUMENT.name)
+    rewrite_document(DOCUMENT, {"tasks": tables(numbers)})
     write_json(DOCUMENT_NUMBERS, numbers)
-    with atomic_path(DOCUMENT) as partial:
-        partial.write_text(new, encoding="utf-8")
 
 
 def run_tasks(arguments):

@@ -1107,6 +1107,8 @@ def main(argv=None):
         "checkpoints/embedded_model, card the data and the trained model (default: all)",
     )
     arguments = parser.parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and arguments.stage != "train":
+        parser.error("several processes can share --stage train alone")
     config = EmbeddedTraining(steps=arguments.steps, seed=arguments.seed)
     folder = ROOT / "checkpoints" / "embedded_model"
     stages = STAGES if arguments.stage is None else (arguments.stage,)

@@ -32,8 +32,8 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from records import atomic_path, write_json
-from report import markdown_table, rewritten
+from records import write_json
+from report import markdown_table, rewrite_document
 from settings import EMBEDDED_MODEL_DIR, ROOT, SENTIMENT, UserError, exit_code
 
 ROUND_SEC = 5.0
@@ -515,10 +515,7 @@ def measured_block(numbers):
 
 def update_document(numbers):
     """Rewrite docs/serving.json and the block of docs/SERVING.md."""
-    text = DOCUMENT.read_text(encoding="utf-8")
-    text = rewritten(text, {"serving": measured_block(numbers)}, DOCUMENT.name)
-    with atomic_path(DOCUMENT) as partial:
-        partial.write_text(text, encoding="utf-8")
+    rewrite_document(DOCUMENT, {"serving": measured_block(numbers)})
     write_json(NUMBERS, numbers)
 
 

@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import arms
 from benchmarks.workers import MIB_OF_MAXRSS, Worker, ratios, take_turns
-from records import atomic_path, read_json, versions, write_json
-from report import markdown_table, rewritten, text_table
+from records import read_json, versions, write_json
+from report import markdown_table, rewrite_document, text_table
 from settings import EMBEDDED_MODEL_DIR, ROOT, UserError, exit_code
 
 RESULTS = ROOT / "benchmarks" / "results.json"
@@ -495,11 +495,7 @@ def measure(settings):
 
 def update_document():
     results = read_json(RESULTS, "run: python benchmarks/speed.py")
-    text = rewritten(
-        DOCUMENT.read_text(encoding="utf-8"), {"speed": tables(results)}, DOCUMENT.name
-    )
-    with atomic_path(DOCUMENT) as partial_path:
-        partial_path.write_text(text, encoding="utf-8")
+    rewrite_document(DOCUMENT, {"speed": tables(results)})
 
 
 def parse_arguments(arguments=None):

@@ -310,6 +310,13 @@ def test_training_wants_what_was_prepared_for_its_settings(prepared, tmp_path):
         train_and_save(tmp_path / "none", tmp_path / "out", config)
 
 
+def test_several_processes_share_the_training_alone(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2 and "--stage train" in capsys.readouterr().err
+
+
 def test_missing_data_is_one_clear_error(tmp_path, capsys, monkeypatch):
     with pytest.raises(UserError, match="is missing"):
         read_rows(tmp_path, "sst2/dev.jsonl", ("stanfordnlp/sst2", "validation", "sentence"))
