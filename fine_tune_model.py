@@ -45,7 +45,7 @@ from settings import (
 )
 
 ACTIVATION_SHARE = 0.5  # of the free memory: more, and the backward pass computes them again
-MANIFEST_VERSION = 2  # of how an adapter is made: another one, another adapter
+MANIFEST_VERSION = 3  # of how an adapter is made: another one, another adapter
 RESULT_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -344,10 +344,10 @@ def validate(classifier, examples, accelerator, fit_platt=False):
     return numbers
 
 
-def add_adapter(classifier, training, resume_from=None):
-    """Put a fresh LoRA adapter, or the one in a folder, on the classifier's model."""
+def add_adapter(classifier, training):
+    """Put a fresh LoRA adapter on the classifier's model."""
     import torch
-    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     from engine import use_feature_dropout
 
@@ -360,10 +360,6 @@ def add_adapter(classifier, training, resume_from=None):
                 module.support_avx512bf16_for_cpu = False
     if classifier.device == "cpu":
         model.set_attn_implementation("eager")  # the CPU's fused attention is slow backwards
-    if resume_from is not None:
-        adapted = PeftModel.from_pretrained(model, resume_from, is_trainable=True)
-        use_feature_dropout(adapted)
-        return adapted
     targets = training.target_modules
     if targets == "all-linear+embeddings":
         embedding = model.get_input_embeddings()
@@ -437,23 +433,44 @@ def save_adapter(model, folder):
     model.save_pretrained(folder, save_embedding_layers=False)
 
 
+def load_adapter(model, folders):
+    """Give the model's adapter the weights in a folder, or the mean of those in several.
+
+    The mean of runs from one start is an adapter of the same size, and mostly a better one than
+    each of them: Wortsman et al. 2022, "Model soups", https://arxiv.org/abs/2203.05482
+    """
+    import torch
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    runs = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    mean = {name: torch.stack([run[name] for run in runs]).mean(0) for name in runs[0]}
+    set_peft_model_state_dict(model, mean)
+
+
 class Checkpoint:
     """The state after the last validation pass, in a folder beside the result.
 
     A pass writes a new folder and then renames it over the old one, so there is always one whole
-    state. `best` holds the adapter with the lowest calibrated validation log-loss so far. A step of
-    two processes is not a step of one, so each number of processes has a state of its own.
+    state. `best(run)` holds the adapter with the lowest calibrated validation log-loss of a run so
+    far. A step of two processes is not a step of one, so each number of processes has a state of
+    its own.
     """
 
     def __init__(self, result_folder, run_print, processes=1):
         self.folder = result_folder.parent / "checkpoints" / f"{run_print}-{processes}"
-        self.last, self.best = self.folder / "last", self.folder / "best"
+        self.last = self.folder / "last"
+
+    def best(self, run):
+        return self.folder / f"best-{run}"
 
     def read(self):
-        """{"step", "history", ...} of the last pass, or None."""
+        """The history up to the last pass; [] if there was none."""
         if not (self.last / "state.json").exists():
-            return None
-        return read_json(self.last / "state.json", f"remove {self.folder} to start again")
+            return []
+        return read_json(self.last / "state.json", f"remove {self.folder} to start again")[
+            "history"
+        ]
 
     def load_optimizer(self, optimizer):
         import torch
@@ -462,18 +479,20 @@ class Checkpoint:
             torch.load(self.last / "optimizer.pt", weights_only=True, map_location="cpu")
         )
 
-    def write(self, model, optimizer, state, is_best):
+    def write(self, model, optimizer, history):
+        """Keep the state after the last row of the history."""
         import torch
 
-        if is_best:
-            replace_folder(self.best, lambda folder: save_adapter(model, folder))
+        run = history[-1]["run"]
+        if best_so_far(history, run) is history[-1]:
+            replace_folder(self.best(run), lambda folder: save_adapter(model, folder))
 
         def save(folder):
             save_adapter(model, folder)
             state_dict = io.BytesIO()  # torch.save into a file hides what a full disk says
             torch.save(optimizer.state_dict(), state_dict)
             (folder / "optimizer.pt").write_bytes(state_dict.getbuffer())
-            write_json(folder / "state.json", state)
+            write_json(folder / "state.json", {"history": history})
 
         replace_folder(self.last, save)
 
@@ -519,16 +538,10 @@ def learning_rate_at(step, total, training):
 LOSS_THAT_CHOOSES = "validation_calibrated_log_loss"
 
 
-def best_so_far(history):
-    """The validation row of the chosen checkpoint; None before the first one."""
-    return min(
-        (h for h in history if h["step"] > 0), key=lambda h: h[LOSS_THAT_CHOOSES], default=None
-    )
-
-
-def patience_is_over(history, patience):
-    best = best_so_far(history)
-    return best is not None and sum(h["step"] > best["step"] for h in history) >= patience
+def best_so_far(history, run):
+    """The validation row of a run's best checkpoint; None before the first one."""
+    rows = [h for h in history if h["run"] == run]
+    return min(rows, key=lambda h: h[LOSS_THAT_CHOOSES], default=None)
 
 
 def average_gradients(accelerator, parameters):
@@ -541,120 +554,197 @@ def average_gradients(accelerator, parameters):
         p.grad = part.view_as(p)
 
 
-def train(accelerator, classifier, splits, training, checkpoint, divided=False):
-    """Train the adapter; returns (history, stopped early). Every process calls this.
+class Trainer:
+    """Trains an adapter `training.soup` times from one start. Every process has one.
 
-    divided: whether the processes divide the layers of the model among themselves.
+    Steps and epochs are counted on from run to run, so that each run has an order and a dropout of
+    its own. divided: whether the processes divide the layers of the model among themselves.
     """
-    import torch
-    from accelerate.utils import gather_object
-    from tqdm import tqdm
 
-    from calibration import PlattScalingCalibrator
+    def __init__(self, accelerator, classifier, splits, training, checkpoint, divided=False):
+        from accelerate.utils import gather_object
 
-    state = checkpoint.read()
-    model = add_adapter(classifier, training, checkpoint.last if state else None)
-    classifier.model = model
-    world, rank = accelerator.num_processes, accelerator.process_index
-    if divided:
-        share = classifier.engine.divide(world, min(gather_object([classifier.engine.budget])))
-        accelerator.print(
-            f"FSDP: of the layers' weights in this process: {share:.0%}", file=sys.stderr
+        self.accelerator, self.classifier, self.training = accelerator, classifier, training
+        self.validation = splits["validation"]
+        self.checkpoint, self.history = checkpoint, checkpoint.read()
+        world = accelerator.num_processes
+        model = self.model = classifier.model = add_adapter(classifier, training)
+        if divided:
+            share = classifier.engine.divide(world, min(gather_object([classifier.engine.budget])))
+            accelerator.print(
+                f"FSDP: of the layers' weights in this process: {share:.0%}", file=sys.stderr
+            )
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self.start = [p.detach().clone() for p in self.trainable]
+        self.batches = AnswerBatches(
+            classifier.encoders, splits["train"], training.batch_size, training.train_seed
         )
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trainable, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
-    )
-    batches = AnswerBatches(
-        classifier.encoders, splits["train"], training.batch_size, training.train_seed
-    )
-    spare_memory(model, batches.epoch(0), divided)
-    # Activations that are computed again have no cache to share.
-    # In step, a batch of one row, which has no prefix to share, would be one forward pass short.
-    share = (
-        classifier.engine.shares_prefix
-        and not model.is_activation_checkpointing
-        and not classifier.engine.in_step
-    )
-    loss_of = training_loss(training, classifier, share)
-    per_epoch = math.ceil(len(batches.epoch(0)) / (world * training.accumulation))
-    total = per_epoch * training.epochs
-    passes = training.epochs * training.evaluations_per_epoch
-    fit_platt, calibrator = training.objective == "multi-task", None
-    validation_steps = {math.ceil((i + 1) * total / passes) for i in range(passes)}
-    step, history = (state["step"], state["history"]) if state else (0, [])
-    if state:
-        checkpoint.load_optimizer(optimizer)
-        accelerator.print(f"continuing after step {step} of {total}", file=sys.stderr)
-    else:
-        start = {"step": 0, "epoch": 0.0, "training_loss": None}
-        history.append(start | validate(classifier, splits["validation"], accelerator, fit_platt))
-    losses, stopped = [], patience_is_over(history, training.patience)
-    bar = tqdm(
-        total=total,
-        initial=step,
-        unit="step",
-        disable=not accelerator.is_main_process,
-        file=sys.stderr,
-    )
-    model.train()
-    order, order_of = None, None
-    while step < total and not stopped:
-        epoch, offset = divmod(step, per_epoch)
-        if order_of != epoch:
-            order, order_of = batches.epoch(epoch), epoch
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, total, training)
-        if fit_platt:
-            calibrator = PlattScalingCalibrator.from_json(history[-1]["validation_platt"])
-        torch.manual_seed((training.train_seed << 32) + (step << 8) + rank)  # dropout
-        for k in range(training.accumulation):
-            position = (offset * training.accumulation + k) * world + rank
-            loss = loss_of(model, order[position % len(order)], calibrator)
-            (loss / training.accumulation).backward()
+        first_epoch = self.batches.epoch(0)
+        spare_memory(model, first_epoch, divided)
+        # Activations that are computed again have no cache to share.
+        # In step, a batch of one row, which has no prefix to share, would be one pass short.
+        share = (
+            classifier.engine.shares_prefix
+            and not model.is_activation_checkpointing
+            and not classifier.engine.in_step
+        )
+        self.loss_of = training_loss(training, classifier, share)
+        self.fits_platt = training.objective == "multi-task"
+        self.per_epoch = math.ceil(len(first_epoch) / (world * training.accumulation))
+        self.per_run = self.per_epoch * training.epochs
+        passes = training.epochs * training.evaluations_per_epoch
+        self.validation_steps = {math.ceil((i + 1) * self.per_run / passes) for i in range(passes)}
+
+    def validate(self):
+        return validate(self.classifier, self.validation, self.accelerator, self.fits_platt)
+
+    def train(self):
+        """The history of all runs: a row before training, then one a validation pass."""
+        from tqdm import tqdm
+
+        total, first = self.per_run * self.training.soup, 1
+        if self.history:
+            first, step = self.history[-1]["run"], self.history[-1]["step"]
+            self.accelerator.print(f"continuing after step {step} of {total}", file=sys.stderr)
+        else:
+            before = {"run": None, "step": 0, "epoch": 0.0, "training_loss": None}
+            self.history = [before | self.validate()]
+        self.model.train()
+        hidden = not self.accelerator.is_main_process
+        with tqdm(total=total, unit="step", disable=hidden, file=sys.stderr) as bar:
+            for run in range(first, self.training.soup + 1):
+                self.train_once(run, bar)
+        return self.history
+
+    def train_once(self, run, bar):
+        """One run, from the start or from its last validation pass."""
+        import torch
+
+        training = self.training
+        optimizer = torch.optim.AdamW(
+            self.trainable,
+            lr=training.learning_rate,
+            weight_decay=training.weight_decay,
+            fused=True,
+        )
+        before = (run - 1) * self.per_run
+        if self.history[-1]["run"] == run:
+            step = self.history[-1]["step"]
+            load_adapter(self.model, [self.checkpoint.last])
+            self.checkpoint.load_optimizer(optimizer)
+        else:
+            step = before
+            with torch.no_grad():
+                for p, value in zip(self.trainable, self.start, strict=True):
+                    p.copy_(value)
+        losses, order, order_of = [], None, None
+        while step < before + self.per_run and not self.out_of_patience(run):
+            bar.update(step - bar.n)
+            epoch, offset = divmod(step, self.per_epoch)
+            if order_of != epoch:
+                order, order_of = self.batches.epoch(epoch), epoch
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step - before, self.per_run, training)
+            losses += self.add_gradients(run, step, order, offset)
+            torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}", refresh=False)
+            if step - before in self.validation_steps:
+                row = {
+                    "run": run,
+                    "step": step,
+                    "epoch": round(step / self.per_epoch, 4),
+                    "training_loss": sum(losses) / len(losses),
+                }
+                row |= self.validate()
+                losses = []
+                self.history.append(row)
+                if self.accelerator.is_main_process:
+                    loss = f"training loss {row['training_loss']:.4f}"
+                    bar.write(f"step {step}: {loss}, {validation_line(row)}", file=sys.stderr)
+                    self.checkpoint.write(self.model, optimizer, self.history)
+                self.accelerator.wait_for_everyone()
+        bar.update(step - bar.n)
+
+    def add_gradients(self, run, step, order, offset):
+        """Gradients of one step, their mean over the processes; returns the losses of this one."""
+        import torch
+
+        from calibration import PlattScalingCalibrator
+
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        calibrator, losses = None, []
+        if self.fits_platt:
+            known = self.history[-1] if self.history[-1]["run"] == run else self.history[0]
+            calibrator = PlattScalingCalibrator.from_json(known["validation_platt"])
+        torch.manual_seed((self.training.train_seed << 32) + (step << 8) + rank)  # dropout
+        for k in range(self.training.accumulation):
+            position = (offset * self.training.accumulation + k) * world + rank
+            loss = self.loss_of(self.model, order[position % len(order)], calibrator)
+            (loss / self.training.accumulation).backward()
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise UserError(
                     f"the training loss is {losses[-1]} at step {step + 1}; lower --learning-rate"
                 )
         if world > 1:
-            average_gradients(accelerator, trainable)
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        bar.update()
-        bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}", refresh=False)
-        if step in validation_steps:
-            row = {
-                "step": step,
-                "epoch": round(step / per_epoch, 4),
-                "training_loss": sum(losses) / len(losses),
-            }
-            row |= validate(classifier, splits["validation"], accelerator, fit_platt)
-            losses = []
-            history.append(row)
-            if accelerator.is_main_process:
-                bar.write(
-                    f"step {step}: training loss {row['training_loss']:.4f}, validation loss "
-                    f"{row['validation_loss']:.4f} ({row[LOSS_THAT_CHOOSES]:.4f} calibrated), "
-                    f"accuracy {row['validation_accuracy']:.3f}, ECE {row['validation_ece']:.3f}",
-                    file=sys.stderr,
-                )
-                is_best = best_so_far(history) is row
-                checkpoint.write(model, optimizer, {"step": step, "history": history}, is_best)
-            accelerator.wait_for_everyone()
-            stopped = patience_is_over(history, training.patience)
-    bar.close()
-    return history, step < total
+            average_gradients(self.accelerator, self.trainable)
+        return losses
+
+    def out_of_patience(self, run):
+        best = best_so_far(self.history, run)
+        later = [h for h in self.history if h["run"] == run and h["step"] > best["step"]]
+        return len(later) >= self.training.patience
+
+    def stopped_early(self):
+        """Whether patience ended a run before its last step."""
+        last = {row["run"]: row["step"] for row in self.history if row["run"]}
+        return any(step < run * self.per_run for run, step in last.items())
+
+    def choose(self):
+        """(rows of the history that the adapter is the mean of, validation numbers of the mean).
+
+        The best checkpoint of every run, or that of one run alone where the mean is no better than
+        it on the validation rows; the numbers are None of a single run. The model of the main
+        process then has these weights.
+        """
+        best = [best_so_far(self.history, run) for run in range(1, self.training.soup + 1)]
+        mean = None
+        if len(best) > 1:
+            self.load(best)
+            mean = self.validate()
+            line = f"mean of {len(best)} runs: {validation_line(mean)}"
+            self.accelerator.print(line, file=sys.stderr)
+            first = min(best, key=lambda row: row[LOSS_THAT_CHOOSES])
+            if mean[LOSS_THAT_CHOOSES] >= first[LOSS_THAT_CHOOSES]:
+                best = [first]
+        if self.accelerator.is_main_process:
+            self.load(best)
+        return best, mean
+
+    def load(self, rows):
+        load_adapter(self.model, [self.checkpoint.best(row["run"]) for row in rows])
 
 
-def write_result(folder, classifier, task, checkpoint, held_out, metrics, manifest):
+def validation_line(row):
+    """What is printed of a validation pass."""
+    return (
+        f"validation loss {row['validation_loss']:.4f} ({row[LOSS_THAT_CHOOSES]:.4f} calibrated), "
+        f"accuracy {row['validation_accuracy']:.3f}, ECE {row['validation_ece']:.3f}"
+    )
+
+
+def write_result(folder, classifier, task, held_out, metrics, manifest):
     """fine_tuned_sentiment_model/ as a whole: adapter, tokenizer, task, held-out rows, manifest."""
 
     def save(partial):
-        for path in checkpoint.best.iterdir():
+        saved = partial / "adapter"
+        save_adapter(classifier.model, saved)
+        for path in saved.iterdir():
             shutil.copyfile(path, partial / path.name)  # not its rights: readable like the rest
+        shutil.rmtree(saved)
         base = Path(resolve_model(classifier.settings.model))
         config = read_json(partial / "adapter_config.json", NEXT_STEP)
         config["base_model_name_or_path"] = (
@@ -732,7 +822,9 @@ def fine_tune(task, model, data, training, output, force=False):
         checkpoint.remove()
     accelerator.wait_for_everyone()
     try:
-        history, stopped = train(accelerator, classifier, splits, filled, checkpoint, divided)
+        trainer = Trainer(accelerator, classifier, splits, filled, checkpoint, divided)
+        history = trainer.train()
+        chosen, mean = trainer.choose()
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -742,16 +834,16 @@ def fine_tune(task, model, data, training, output, force=False):
         ) from error
     if not accelerator.is_main_process:
         return "trained"
-    trainable = sum(p.numel() for p in classifier.model.parameters() if p.requires_grad)
     metrics = {
         "history": history,
-        "chosen_step": best_so_far(history)["step"],
+        "mean_of_runs": mean,
+        "chosen_steps": [row["step"] for row in chosen],
         "chosen_by": "lowest calibrated log-loss on the validation rows",
-        "stopped_early": stopped,
+        "stopped_early": trainer.stopped_early(),
         "settings": {"objective": filled.objective, **filled.relevant()},
         "rows": {name: len(rows) for name, rows in splits.items()} | {"held_out": len(held_out)},
         "parameters": parameters,
-        "trainable_parameters": trainable,
+        "trainable_parameters": sum(p.numel() for p in trainer.trainable),
         "device": classifier.device,
         "dtype": str(classifier.dtype).removeprefix("torch."),
         "seconds": round(time.perf_counter() - started, 1),
@@ -764,7 +856,7 @@ def fine_tune(task, model, data, training, output, force=False):
         "data_fingerprint": data_print,
         "versions": versions(),
     }
-    write_result(folder, classifier, task, checkpoint, held_out, metrics, manifest)
+    write_result(folder, classifier, task, held_out, metrics, manifest)
     checkpoint.remove()
     return "trained"
 
@@ -807,7 +899,7 @@ def check_training(training):
                     f"--{name.replace('_', '-')} is of --objective {objective}, not of "
                     f"{training.objective}; leave one of them out"
                 )
-    positive = ("rank", "alpha", "learning_rate", "epochs", "batch_size", "accumulation")
+    positive = ("rank", "alpha", "learning_rate", "epochs", "soup", "batch_size", "accumulation")
     for name in (*positive, "evaluations_per_epoch", "patience"):
         value = getattr(training, name)
         if value is not None and not value > 0:  # None: what suits the model

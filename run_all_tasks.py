@@ -46,7 +46,8 @@ HELD_OUT_PER_MILLE = {"test": 250, "calibration": 250, "validation": 100}
 MOST_ROWS = 3000
 SEED = 42  # of the draw and of the division
 PASSED_ON = (ModelSettings, EvaluationSettings)
-TRAINING = TrainingSettings(epochs=6, evaluations_per_epoch=1)  # few rows want more passes
+# Few rows want more passes.
+TRAINING = TrainingSettings(epochs=6, soup=1, evaluations_per_epoch=1)
 
 
 @dataclass(frozen=True)

@@ -436,9 +436,16 @@ class TrainingSettings:
         "(default: all-linear+embeddings below 1 billion parameters, else all-linear)",
     )
     learning_rate: float | None = setting(
-        None, "peak learning rate (default: 3e-4 below 1 billion parameters, else 2e-4)"
+        None, "peak learning rate (default: 5e-4 below 1 billion parameters, else 2e-4)"
     )
-    epochs: int = setting(2, "passes over the training rows")
+    epochs: int | None = setting(
+        None, "passes over the training rows (default: 1 below 1 billion parameters, else 2)"
+    )
+    soup: int | None = setting(
+        None,
+        "runs from one start, each in an order of its own, whose weights are averaged "
+        "(default: 2 below 1 billion parameters, else 1)",
+    )
     batch_size: int | None = setting(
         None, "rows of one forward pass (default: 32 below 1 billion parameters, else 16)"
     )
@@ -478,7 +485,9 @@ class TrainingSettings:
             "rank": rank,
             "alpha": 2 * rank,
             "dropout": 0.1 if large else 0.3,
-            "learning_rate": 2e-4 if large else 3e-4,
+            "learning_rate": 2e-4 if large else 5e-4,
+            "epochs": 2 if large else 1,
+            "soup": 1 if large else 2,
             "batch_size": 16 if large else 32,
             "target_modules": "all-linear" if large else "all-linear+embeddings",
         }

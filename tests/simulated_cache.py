@@ -167,6 +167,7 @@ def write_cache(folder, task=SENTIMENT, n=2000, finetuned=True, bins=20):
     steps = np.arange(0, 676, 75)
     history = [
         {
+            "run": 1 if step else None,
             "step": int(step),
             "epoch": step / 225,
             "training_loss": 0.25 + 0.5 * np.exp(-step / 90) if step else None,
@@ -177,7 +178,8 @@ def write_cache(folder, task=SENTIMENT, n=2000, finetuned=True, bins=20):
         }
         for step in steps
     ]
-    training = {"history": history, "chosen_step": 450} if finetuned else None
+    kept = {"chosen_steps": [450], "mean_of_runs": None}
+    training = {"history": history, **kept} if finetuned else None
     write_json(
         folder / "evaluation_metadata.json",
         {

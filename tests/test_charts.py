@@ -345,7 +345,7 @@ def test_a_loss_that_was_not_measured_is_nan(evaluations):
     data = charts.prepare_training_progress(evaluations["two"])
     assert np.isnan(data["training_loss"][0])
     assert np.isfinite(data["training_loss"][1:]).all()
-    assert data["chosen_step"] == 450
+    assert data["chosen_steps"] == [450] and data["mean_of_runs"] is None
 
 
 # Pictures.
@@ -609,8 +609,8 @@ def damage(folder, tmp_path, file, change):
         ("calibrated_results.json", lambda d: d.pop("models"), "no 'models'"),
         (
             "evaluation_metadata.json",
-            lambda d: d["training"].update(chosen_step=451),
-            "chosen step 451 is not in the history",
+            lambda d: d["training"].update(chosen_steps=[75, 451]),
+            "the chosen steps [451] are not in the history",
         ),
         (
             "evaluation_metadata.json",

@@ -71,7 +71,13 @@ def finished(tmp_path_factory):
     data = write_csv(folder / "rows.csv", small_rows(120))
     output = folder / "runs"
     flags = ["--data", data, f"--question={QUESTION}", f"--labels={LABELS}", "--device=cpu"]
-    flags += ["--batch-size=16", "--rank=4", "--evaluations-per-epoch=1", "--resamples=30"]
+    flags += [
+        "--batch-size=16",
+        "--rank=4",
+        "--soup=1",
+        "--evaluations-per-epoch=1",
+        "--resamples=30",
+    ]
     flags += ["--output-dir", output, "--seeds", *SEEDS, "--objectives", "multi-task"]
     return output, flags, run(*flags)
 

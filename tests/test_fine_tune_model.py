@@ -19,6 +19,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fine_tune_model
 from calibration import PlattScalingCalibrator
@@ -28,6 +29,7 @@ from engine import FeatureDropout, divide_layers, training_bytes
 from fine_tune_model import (
     AnswerBatches,
     Checkpoint,
+    Trainer,
     TrainingRow,
     answer_loss,
     brier_loss,
@@ -69,10 +71,11 @@ FILLER = ["the", "a", "with", "under", "near", "some", "every", "old", "new", "o
 FILLER += ["again", "today", "slowly", "quickly", "behind", "before", "after", "while", "two"]
 FILLER += ["many", "few", "warm", "cold", "early", "late", "small", "tall", "river", "street"]
 MODEL = ModelSettings(device="cpu")
-SMALL = {"epochs": 1, "batch_size": 8, "rank": 8, "evaluations_per_epoch": 2}  # seconds of training
+SMALL = {"epochs": 1, "soup": 1, "batch_size": 8, "rank": 8, "evaluations_per_epoch": 2}  # seconds
+ADAPTER = "adapter_model.safetensors"
 RESULT_FILES = {
     "adapter_config.json",
-    "adapter_model.safetensors",
+    ADAPTER,
     "chat_template.jinja",
     "manifest.json",
     "task.json",
@@ -122,9 +125,7 @@ def result(folder, file):
 
 
 def adapter_weights(folder):
-    from safetensors.torch import load_file
-
-    return load_file(folder / "fine_tuned_sentiment_model" / "adapter_model.safetensors")
+    return load_file(folder / "fine_tuned_sentiment_model" / ADAPTER)
 
 
 def all_files(folder):
@@ -252,7 +253,7 @@ def test_metrics_tell_the_run(trained):
     assert [h["step"] for h in history] == [math.ceil(epochs * n_batches) for epochs in passes]
     assert history[-1]["epoch"] == 2.0
     best = min(history[1:], key=lambda h: h["validation_calibrated_log_loss"])
-    assert metrics["chosen_step"] == best["step"]
+    assert metrics["chosen_steps"] == [best["step"]] and metrics["mean_of_runs"] is None
     assert history[-1]["training_loss"] < history[1]["training_loss"]
     weights = adapter_weights(trained)
     assert metrics["trainable_parameters"] == sum(w.numel() for w in weights.values())
@@ -449,7 +450,7 @@ def test_what_an_adapter_depends_on_is_its_own_objective_and_nothing_for_the_def
         settings = TrainingSettings(**training)
         return fine_tune_model.training_fingerprint("data", SENTIMENT, "model", settings)
 
-    assert run_print() == "2d301f7887ab7544"  # without a word of the objective
+    assert run_print() == "075b146462d27bc7"  # without a word of the objective
     assert run_print(focal_gamma=3, label_smoothing=0.2) == run_print()
     own = {o: run_print(objective=o) for o in OBJECTIVES}
     assert len(set(own.values())) == len(OBJECTIVES)
@@ -715,7 +716,7 @@ def test_an_interrupted_multi_task_run_continues_with_the_targets_it_had(
     flags = {"objective": "multi-task", "evaluations_per_epoch": 2, "batch_size": 16}
     train(tmp_path / "whole", tiny_csv, **flags)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_after_first_checkpoint(patch)
+        interrupt_after_checkpoint(patch)
         train(tmp_path / "parts", tiny_csv, **flags)
     assert train(tmp_path / "parts", tiny_csv, **flags) == "trained"
     expected, got = (adapter_weights(tmp_path / name) for name in ("whole", "parts"))
@@ -758,10 +759,6 @@ def test_training_drops_features_and_the_adapter_on_disk_is_a_plain_one(tmp_path
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p]
     assert layers and all(type(m) is FeatureDropout and m.p == 0.2 for m in layers)
     fine_tune_model.save_adapter(model, tmp_path)
-    again = fine_tune_model.add_adapter(
-        TransformerLogprobsClassifier(MODEL), training, resume_from=tmp_path
-    )
-    assert sum(type(m) is FeatureDropout for m in again.modules()) == len(layers)
     loaded = TransformerLogprobsClassifier(MODEL, tmp_path)
     layers = [m for m in loaded.model.modules() if isinstance(m, torch.nn.Dropout) and m.p]
     assert layers and all(type(m) is torch.nn.Dropout and m.p == 0.2 for m in layers)
@@ -809,18 +806,20 @@ def test_training_stops_when_validation_no_longer_improves(tmp_path):
     steps = [h["step"] for h in metrics["history"]]
     assert metrics["stopped_early"]
     assert steps[-1] < 4 * math.ceil(48 / 8)
-    assert sum(step > metrics["chosen_step"] for step in steps) == 2
+    assert sum(step > metrics["chosen_steps"][0] for step in steps) == 2
 
 
 # Interruptions.
 
 
-def interrupt_after_first_checkpoint(monkeypatch):
-    write = Checkpoint.write
+def interrupt_after_checkpoint(monkeypatch, number=1):
+    write, written = Checkpoint.write, []
 
     def write_and_stop(self, *arguments):
         write(self, *arguments)
-        raise KeyboardInterrupt
+        written.append(1)
+        if len(written) == number:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(Checkpoint, "write", write_and_stop)
 
@@ -829,7 +828,7 @@ def test_continued_run_gives_the_same_adapter_as_an_uninterrupted_one(
     tmp_path, tiny_csv, reference, monkeypatch
 ):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_after_first_checkpoint(patch)
+        interrupt_after_checkpoint(patch)
         train(tmp_path, tiny_csv, evaluations_per_epoch=4)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoints"]  # no half-written result
     steps = []
@@ -846,6 +845,63 @@ def test_continued_run_gives_the_same_adapter_as_an_uninterrupted_one(
     assert expected.keys() == got.keys()
     assert all((expected[name] == got[name]).all() for name in expected)
     assert {p.name for p in tmp_path.iterdir()} == {"fine_tuned_sentiment_model"}
+
+
+def test_mean_of_two_runs_and_the_same_after_an_interruption_in_the_second(
+    tmp_path, tiny_csv, monkeypatch
+):
+    """`run_weights`: those of the best checkpoint of each run, which are gone at the end."""
+    run_weights, choose = [], Trainer.choose
+
+    def keep_and_choose(self):
+        run_weights.append([load_file(f / ADAPTER) for f in map(self.checkpoint.best, (1, 2))])
+        return choose(self)
+
+    monkeypatch.setattr(Trainer, "choose", keep_and_choose)
+    assert train(tmp_path / "whole", tiny_csv, soup=2) == "trained"
+    metrics = result(tmp_path / "whole", "training_metrics.json")
+    history, mean = metrics["history"], metrics["mean_of_runs"]
+    assert [row["run"] for row in history] == [None, 1, 1, 2, 2]
+    steps = [row["step"] for row in history]
+    assert steps == sorted(set(steps)) and steps[-1] == 2 * steps[2]
+    best = [
+        min(history[k : k + 2], key=lambda h: h["validation_calibrated_log_loss"]) for k in (1, 3)
+    ]
+    first, second = run_weights[0]
+    assert any((first[name] != second[name]).any() for name in first)  # another order
+    lowest = min(row["validation_calibrated_log_loss"] for row in best)
+    if mean["validation_calibrated_log_loss"] < lowest:
+        assert metrics["chosen_steps"] == [row["step"] for row in best]
+        expected = {name: (first[name] + second[name]) / 2 for name in first}
+    else:
+        k = [row["validation_calibrated_log_loss"] for row in best].index(lowest)
+        assert metrics["chosen_steps"] == [best[k]["step"]]
+        expected = run_weights[0][k]
+    got = adapter_weights(tmp_path / "whole")
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after_checkpoint(patch, 3)
+        train(tmp_path / "parts", tiny_csv, soup=2)
+    assert train(tmp_path / "parts", tiny_csv, soup=2) == "trained"
+    assert result(tmp_path / "parts", "training_metrics.json")["history"] == history
+    again = adapter_weights(tmp_path / "parts")
+    assert all(torch.equal(again[name], got[name]) for name in got)
+
+
+def test_a_mean_that_is_no_better_than_a_run_is_not_taken(tmp_path, tiny_csv, monkeypatch):
+    validate = fine_tune_model.validate
+    losses = iter((0.7, 0.5, 0.4, 0.3, 0.2, 0.25))  # before, two passes of each run, the mean
+
+    def validate_as_told(*arguments):
+        return validate(*arguments) | {"validation_calibrated_log_loss": next(losses)}
+
+    monkeypatch.setattr(fine_tune_model, "validate", validate_as_told)
+    assert train(tmp_path, tiny_csv, soup=2) == "trained"
+    metrics = result(tmp_path, "training_metrics.json")
+    assert metrics["chosen_steps"] == [metrics["history"][-1]["step"]]
+    assert metrics["mean_of_runs"]["validation_calibrated_log_loss"] == 0.25
 
 
 def test_killed_process_leaves_no_result_and_the_same_command_continues(tmp_path, tiny_csv, capsys):
@@ -911,7 +967,7 @@ def test_two_processes_train_as_one_that_accumulates_two_batches(
 ):
     # A checkpoint of one process, whose steps are other steps, lies where the two will run.
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_after_first_checkpoint(patch)
+        interrupt_after_checkpoint(patch)
         train(tmp_path, tiny_csv, dropout=0.0)
     errors = launch_two(tmp_path, tiny_csv)
     assert "continuing" not in errors

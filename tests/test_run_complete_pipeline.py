@@ -185,6 +185,7 @@ device = "cpu"
 data = '{data}'
 [training]
 epochs = 3
+soup = 1
 rank = 8
 [evaluation]
 resamples = 20
@@ -248,6 +249,7 @@ def test_whole_pipeline_runs_with_lettered_options_from_a_task_file(tmp_path, mo
         "task": write(tmp_path / "kind.json", json.dumps(task)),
         "device": "cpu",
         "epochs": 1,
+        "soup": 1,
         "batch_size": 16,
         "evaluations_per_epoch": 1,
         "resamples": 20,

@@ -458,7 +458,9 @@ SMALL_MODEL = {
     "alpha": 128,
     "dropout": 0.3,
     "target_modules": "all-linear+embeddings",
-    "learning_rate": 3e-4,
+    "learning_rate": 5e-4,
+    "epochs": 1,
+    "soup": 2,
     "batch_size": 32,
     "accumulation": 1,
 }
@@ -468,6 +470,8 @@ LARGE_MODEL = {
     "dropout": 0.1,
     "target_modules": "all-linear",
     "learning_rate": 2e-4,
+    "epochs": 2,
+    "soup": 1,
     "batch_size": 16,
     "accumulation": 1,
 }
@@ -490,6 +494,7 @@ def test_training_settings_that_were_given_stay():
         batch_size=3,
         accumulation=2,
         epochs=9,
+        soup=3,
         target_modules="q_proj",
     )
     assert given.for_model(1e6) == given.for_model(1e10) == given
