@@ -436,7 +436,7 @@ class TrainingSettings:
         "(default: all-linear+embeddings below 1 billion parameters, else all-linear)",
     )
     learning_rate: float | None = setting(
-        None, "peak learning rate (default: 5e-4 below 1 billion parameters, else 2e-4)"
+        None, "peak learning rate (default: 3e-4 below 1 billion parameters, else 2e-4)"
     )
     epochs: int | None = setting(
         None, "passes over the training rows (default: 1 below 1 billion parameters, else 2)"
@@ -446,13 +446,11 @@ class TrainingSettings:
         "runs from one start, each in an order of its own, whose weights are averaged "
         "(default: 2 below 1 billion parameters, else 1)",
     )
-    batch_size: int | None = setting(
-        None, "rows of one forward pass (default: 32 below 1 billion parameters, else 16)"
-    )
+    batch_size: int = setting(16, "rows of one forward pass")
     accumulation: int = setting(1, "forward passes of one optimizer step")
     warmup_fraction: float = setting(0.05, "share of the steps with a rising learning rate")
     weight_decay: float = setting(0.01, "AdamW weight decay")
-    evaluations_per_epoch: int = setting(4, "validation passes an epoch")
+    evaluations_per_epoch: int = setting(2, "validation passes an epoch")
     patience: int = setting(2, "validation passes without improvement before training stops")
     train_seed: int = setting(42, "seed of initialisation, order and dropout")
     objective: str = setting(
@@ -485,10 +483,9 @@ class TrainingSettings:
             "rank": rank,
             "alpha": 2 * rank,
             "dropout": 0.1 if large else 0.3,
-            "learning_rate": 2e-4 if large else 5e-4,
+            "learning_rate": 2e-4 if large else 3e-4,
             "epochs": 2 if large else 1,
             "soup": 1 if large else 2,
-            "batch_size": 16 if large else 32,
             "target_modules": "all-linear" if large else "all-linear+embeddings",
         }
         return replace(

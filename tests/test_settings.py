@@ -458,10 +458,9 @@ SMALL_MODEL = {
     "alpha": 128,
     "dropout": 0.3,
     "target_modules": "all-linear+embeddings",
-    "learning_rate": 5e-4,
+    "learning_rate": 3e-4,
     "epochs": 1,
     "soup": 2,
-    "batch_size": 32,
     "accumulation": 1,
 }
 LARGE_MODEL = {
@@ -472,7 +471,6 @@ LARGE_MODEL = {
     "learning_rate": 2e-4,
     "epochs": 2,
     "soup": 1,
-    "batch_size": 16,
     "accumulation": 1,
 }
 
