@@ -493,7 +493,7 @@ def prepare_signal_quality(models):
 
 
 def prepare_training_progress(evaluation):
-    """The training history of an evaluation and the step of the checkpoint that was kept."""
+    """The training history of an evaluation, and what was kept of it."""
     return {
         **evaluation.history,
         "chosen_steps": evaluation.chosen_steps,
@@ -1113,8 +1113,11 @@ def plot_training_progress(data, figure):
     """Three panels against the optimizer step: losses, accuracy, calibration error; run by run."""
     chosen, mean = data["chosen_steps"], data["mean_of_runs"]
     steps = " and ".join(f"{step:,}" for step in chosen)
-    kept = f"mean of the checkpoints of steps {steps}" if len(chosen) > 1 else f"step {steps}"
-    body, foot = _frame(figure, f"Fine-tuning: kept was the {kept}")
+    several = len(chosen) > 1
+    kept = (
+        f"the mean of the checkpoints of steps {steps}" if several else f"the one of step {steps}"
+    )
+    body, foot = _frame(figure, f"Fine-tuning: kept was {kept}", legend_rows=2 if mean else 1)
     axes = body.subplots(1, 3)
     color = MODEL_COLORS["finetuned"]
     validation = {"color": darker(color), "marker": "o", "markersize": 5, "linewidth": 1.8}
@@ -1147,7 +1150,8 @@ def plot_training_progress(data, figure):
     titles = ("loss (nats)", "accuracy", "expected calibration error (ECE)")
     for ax, title in zip(axes, titles, strict=True):
         for step in chosen:
-            ax.axvline(step, color=INK, linewidth=1.4, linestyle=":", label="checkpoint kept")
+            label = "checkpoint averaged" if several else "checkpoint kept"
+            ax.axvline(step, color=INK, linewidth=1.4, linestyle=":", label=label)
         ax.set_title(title)
         ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         ax.set_ylim(bottom=0)

@@ -18,6 +18,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.container import BarContainer
+from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from PIL import Image
 
@@ -346,6 +347,27 @@ def test_a_loss_that_was_not_measured_is_nan(evaluations):
     assert np.isnan(data["training_loss"][0])
     assert np.isfinite(data["training_loss"][1:]).all()
     assert data["chosen_steps"] == [450] and data["mean_of_runs"] is None
+
+
+def test_every_run_of_a_training_is_a_line_and_their_mean_a_mark(evaluations):
+    """The last five passes become a second run, whose line does not begin where the first ends."""
+    one = evaluations["two"]
+    numbers = {"validation_loss": 0.2, "validation_accuracy": 0.9, "validation_ece": 0.03}
+    mean = numbers | {"validation_calibrated_log_loss": 0.19}
+    run = np.where(one.history["step"] > 300, 2.0, one.history["run"])
+    history = one.history | {"run": run}
+    two = replace(one, history=history, chosen_steps=[225, 600], mean_of_runs=mean)
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    charts.plot_training_progress(charts.prepare_training_progress(two), figure)
+    accuracy = next(ax for ax in figure.findobj(Axes) if ax.get_title() == "accuracy")
+    first, second, mark, *averaged = accuracy.get_lines()
+    assert list(first.get_xdata()) == list(one.history["step"][:5])
+    assert list(second.get_xdata()) == list(one.history["step"][5:])
+    assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([675], [0.9])
+    assert [line.get_xdata()[0] for line in averaged] == [225, 600]
+    shown = " ".join(words for words, _ in visible_texts(figure))
+    assert "the mean of the checkpoints of steps 225 and 600" in shown
+    assert "mean of the 2 runs" in shown and "checkpoint averaged" in shown
 
 
 # Pictures.
